@@ -1,0 +1,1 @@
+"""The bottom library: CNI protocol, kernel networking, the CNI plugins. Imports nothing of ours."""

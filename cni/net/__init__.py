@@ -1,0 +1,1 @@
+"""Kernel networking: entries, plans, netlink, namespaces, firewall."""

@@ -1,0 +1,213 @@
+"""JSON as Go's encoding/json reads and writes it.
+
+Our peers are Go programs, so what they accept and print is the contract: member names of a record
+match without regard to case and the last one wins, `null` leaves the default, NaN and trailing
+data are errors, numbers in free-form objects are 64-bit floats, and the writer sorts the keys of
+maps, adds no spaces and escapes `<`, `>` and `&`.
+"""
+
+from __future__ import annotations
+
+import json
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import TypeVar
+
+    T = TypeVar("T")
+
+Object = dict[str, object]
+
+_ABSENT = object()
+
+
+class GoJsonError(ValueError):
+    """The text is no JSON as Go reads it, or a member has the wrong type."""
+
+
+class Number(float):
+    """A JSON number: a float64 as Go's `interface{}` holds it, which remembers how it was written."""
+
+    __slots__ = ("text",)
+    text: str
+
+    def __new__(cls, text: str) -> Number:
+        number = super().__new__(cls, text)
+        if number in (float("inf"), float("-inf")):
+            raise GoJsonError(f"number {text} is out of range of a 64-bit float")
+        number.text = text
+        return number
+
+    def __reduce__(self) -> tuple[type[Number], tuple[str]]:
+        return Number, (self.text,)
+
+
+def _constant(word: str) -> object:
+    raise GoJsonError(f"{word} is not JSON")
+
+
+def _in_order(pairs: list[tuple[str, object]]) -> Object:
+    """A dict whose order is that of each key's last appearance, so that "last one wins" can be told."""
+    result: Object = {}
+    for key, value in pairs:
+        result.pop(key, None)
+        result[key] = value
+    return result
+
+
+def loads(data: bytes | str) -> object:
+    """Parse one JSON document; raises GoJsonError. Invalid UTF-8 becomes U+FFFD, as in Go."""
+    text = data.decode("utf-8", "replace") if isinstance(data, bytes) else data
+    try:
+        return json.loads(
+            text, object_pairs_hook=_in_order, parse_int=Number, parse_float=Number, parse_constant=_constant
+        )
+    except GoJsonError:
+        raise
+    except (ValueError, RecursionError) as exc:
+        raise GoJsonError(str(exc) if text.strip() else "unexpected end of JSON input") from None
+
+
+def load_object(data: bytes | str) -> Object:
+    """Parse one JSON object (or `null`, which counts as an empty one); raises GoJsonError."""
+    value = loads(data)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise GoJsonError(f"expected a JSON object, found {kind(value)}")
+    return value
+
+
+def kind(value: object) -> str:
+    """What Go calls the JSON type of `value`, for messages."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "bool"
+        case str():
+            return "string"
+        case list():
+            return "array"
+        case dict():
+            return "object"
+        case _:
+            return f"number {value.text}" if isinstance(value, Number) else "number"
+
+
+def member(record: Object, name: str) -> object:
+    """The value of a record's member: any case, the last one that is not null, else None."""
+    folded = name.lower()
+    found: object = None
+    for key, value in record.items():
+        if value is not None and (key == name or key.lower() == folded):
+            found = value
+    return found
+
+
+def has(record: Object, name: str) -> bool:
+    """Whether the member was written at all, even as null."""
+    folded = name.lower()
+    return any(key.lower() == folded for key in record)
+
+
+def typed(record: Object, name: str, wanted: type[T], default: T) -> T:
+    """The member as `wanted` (bool, str, list or dict); absent or null gives the default."""
+    value = member(record, name)
+    if value is None:
+        return default
+    if not isinstance(value, wanted) or (wanted is not bool and isinstance(value, bool)):
+        raise GoJsonError(f"{name} must be {_WORDS[wanted]}, found {kind(value)}")
+    return value
+
+
+def integer(record: Object, name: str, default: int | None, low: int, high: int) -> int | None:
+    """The member as an integer from low to high; as in Go, `1450.0` and `"1450"` are errors."""
+    value = member(record, name)
+    if value is None:
+        return default
+    text = value.text if isinstance(value, Number) else ""
+    if not text.lstrip("-").isdigit() or not low <= int(text) <= high:
+        found = json.dumps(value) if isinstance(value, str) else kind(value)
+        raise GoJsonError(f"{name} must be an integer from {low} to {high}, found {found}")
+    return int(text)
+
+
+_WORDS: dict[type, str] = {bool: "true or false", str: "a string", list: "an array", dict: "an object"}
+
+# Go's encoder escapes these so that JSON can stand inside HTML and JavaScript.
+_ESCAPES = str.maketrans(
+    {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+)
+
+
+def _string(text: str) -> str:
+    cleaned = text.encode("utf-8", "replace").decode() if not text.isascii() else text
+    if cleaned is not text and any("\ud800" <= c <= "\udfff" for c in text):
+        cleaned = "".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in text)
+    return json.dumps(cleaned, ensure_ascii=False).translate(_ESCAPES)
+
+
+def _number(value: float) -> str:
+    """A float as Go prints it: shortest digits, exponent form below 1e-6 and from 1e21 on."""
+    if isinstance(value, int):
+        return str(value)
+    if value == 0:
+        return "-0" if str(float(value)).startswith("-") else "0"
+    mantissa, _, exponent = f"{float(value)!r}e0".partition("e")
+    exponent = exponent.removesuffix("e0")
+    digits = mantissa.lstrip("-").replace(".", "")
+    point = len(mantissa.lstrip("-").partition(".")[0]) + int(exponent or 0)
+    stripped = digits.lstrip("0")
+    point -= len(digits) - len(stripped)
+    digits = stripped.rstrip("0") or "0"
+    sign = "-" if value < 0 else ""
+    if abs(value) < 1e-6 or abs(value) >= 1e21:
+        fraction = f".{digits[1:]}" if len(digits) > 1 else ""
+        power = point - 1
+        return f"{sign}{digits[0]}{fraction}e{'-' if power < 0 else '+'}{abs(power):02d}".replace("e-0", "e-")
+    if point <= 0:
+        return f"{sign}0.{'0' * -point}{digits}"
+    if point >= len(digits):
+        return sign + digits + "0" * (point - len(digits))
+    return f"{sign}{digits[:point]}.{digits[point:]}"
+
+
+def dumps(value: object, indent: str = "", sort: bool = True) -> str:
+    """Write `value` as Go does: compact, or broken into lines when `indent` is given.
+
+    `sort` orders the members of every object by name, as Go does for maps; without it they keep the
+    order of the dict, as the fields of a Go struct do.
+    """
+    return _write(value, indent, sort, "\n" if indent else "")
+
+
+def _write(value: object, indent: str, sort: bool, newline: str) -> str:
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "true" if value else "false"
+        case str():
+            return _string(value)
+        case int() | float():
+            return _number(value)
+        case dict():
+            names = sorted(value) if sort else list(value)
+            colon = ": " if indent else ":"
+            inner = newline + indent
+            return _bracket(
+                "{}", (_string(k) + colon + _write(value[k], indent, sort, inner) for k in names), indent, newline
+            )
+        case list() | tuple():
+            inner = newline + indent
+            return _bracket("[]", (_write(v, indent, sort, inner) for v in value), indent, newline)
+        case _:
+            raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def _bracket(pair: str, items: Iterable[str], indent: str, newline: str) -> str:
+    inner = newline + indent
+    body = ("," + inner).join(items)
+    return pair if not body else pair[0] + inner + body + newline + pair[1]

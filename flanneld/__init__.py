@@ -1,0 +1,1 @@
+"""The node daemon flanneld and the operator's tool flannelctl."""

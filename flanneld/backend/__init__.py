@@ -1,0 +1,1 @@
+"""Backends: how packets travel between nodes."""

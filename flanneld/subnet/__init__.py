@@ -1,0 +1,1 @@
+"""Subnet managers: who owns which subnet."""
