@@ -7,10 +7,10 @@ next value out. Encodings are upstream's, to the byte (etcd value and key, see `
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
-import re
 
 from cni.spec import gojson
 

@@ -1,0 +1,373 @@
+"""The kernel of the current network namespace over route netlink."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import socket
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from ipaddress import ip_address, ip_network
+from typing import NamedTuple, TypeVar
+
+from cni.errors import KernelError
+from cni.net import netlink
+from cni.net.entries import Address, Entry, FdbEntry, Link, Neighbour, NetState, Route, state
+from cni.net.netlink import AddressInfo, LinkInfo, NeighbourInfo, RouteInfo
+from cni.net.plan import Operation, Refused, Scope
+
+T = TypeVar("T")
+
+_SOL_NETLINK = 270
+_CAP_ACK, _EXT_ACK, _STRICT = 10, 11, 12
+_SO_RCVBUFFORCE = 33
+_RECEIVE_BYTES = 4 << 20
+# Messages sent in one system call. Only the last asks for an acknowledgement, refusals always
+# answer: so an answer to each message of a batch fits the receive buffer many times over.
+_BATCH = 256
+_MAX_INTERRUPTED_DUMPS = 20
+# What deleting something absent is answered with, by kind of object.
+_ABSENT = frozenset({errno.ENOENT, errno.ESRCH, errno.EADDRNOTAVAIL, errno.ENODEV})
+
+
+def _open(groups: int = 0) -> socket.socket:
+    sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+    # Older kernels lack strict checking; the filters below are then applied by us alone.
+    for option in (_CAP_ACK, _EXT_ACK, _STRICT):
+        with contextlib.suppress(OSError):
+            sock.setsockopt(_SOL_NETLINK, option, 1)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _RECEIVE_BYTES)
+    except PermissionError:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BYTES)
+    sock.bind((0, groups))
+    return sock
+
+
+class NetlinkKernel:
+    """`cni.net.plan.Kernel` on the thread's network namespace at the time of construction.
+
+    Not to be shared between threads. Raises KernelError when the socket itself fails.
+    """
+
+    def __init__(self) -> None:
+        try:
+            self._socket = _open()
+        except OSError as exc:
+            raise KernelError(f"cannot open a route netlink socket: {exc.strerror}") from exc
+        self._sequence = 0
+
+    def close(self) -> None:
+        self._socket.close()
+
+    # ---- reading
+
+    def links(self) -> list[LinkInfo]:
+        """Every link, in index order as the kernel lists them."""
+        return self._dump(netlink.get_links(), netlink.RTM_NEWLINK, netlink.read_link)
+
+    def addresses(self) -> list[AddressInfo]:
+        """Every address of both families."""
+        return self._dump(netlink.get_addresses(), netlink.RTM_NEWADDR, netlink.read_address)
+
+    def routes(self, family: int, index: int = 0) -> list[RouteInfo]:
+        """Routes of the main table, of one link if `index` is given."""
+        found = self._dump(netlink.get_routes(family, index), netlink.RTM_NEWROUTE, netlink.read_route)
+        return [r for r in found if r.table == netlink.RT_TABLE_MAIN and index in (0, r.ifindex)]
+
+    def route_to(self, address: str) -> RouteInfo | None:
+        """The route the kernel would take to `address`, None if it has none."""
+        kind, body = netlink.route_to(address)
+        self._sequence += 1
+        self._socket.send(netlink.message(kind, 0, self._sequence, body))
+        for message in self._answers():
+            if message.kind == netlink.NLMSG_ERROR:
+                return None
+            return netlink.read_route(message.body)
+        raise KernelError("the kernel did not answer a route request")
+
+    def snapshot(self, scope: Scope) -> NetState:
+        """Every entry in `scope` and nothing else."""
+        links = self.links()
+        names = {link.ifindex: link.name for link in links}
+        ours = [link for link in links if link.name in scope.links]
+        inside = _inside(scope.networks)
+        entries: list[Entry] = [as_link(link, names) for link in ours if link.vxlan is not None]
+        indexes = {link.ifindex for link in ours}
+        if indexes:
+            entries += [
+                Address(names[a.ifindex], f"{a.address}/{a.length}")
+                for a in self.addresses()
+                if a.ifindex in indexes and _address_in_scope(a, inside)
+            ]
+        for link in ours:
+            entries += self._tables_of(link)
+        for direct in (link for link in links if link.name == scope.direct_link):
+            entries += [
+                as_route(route, direct.name)
+                for family in (socket.AF_INET, socket.AF_INET6)
+                for route in self.routes(family, direct.ifindex)
+                if route.via and _ours(route) and inside(route.dst)
+            ]
+        return state(entries)
+
+    def _tables_of(self, link: LinkInfo) -> Iterator[Entry]:
+        for family in (socket.AF_INET, socket.AF_INET6, netlink.AF_BRIDGE):
+            request = netlink.get_neighbours(family, link.ifindex)
+            for found in self._dump(request, netlink.RTM_NEWNEIGH, netlink.read_neighbour):
+                if found.ifindex == link.ifindex and (entry := as_neighbour(found, link.name)):
+                    yield entry
+        for family in (socket.AF_INET, socket.AF_INET6):
+            yield from (as_route(r, link.name) for r in self.routes(family, link.ifindex) if _ours(r))
+
+    def _dump(self, request: tuple[int, bytes], answer: int, read: Callable[[bytes], T]) -> list[T]:
+        """Read a whole table; one that changed while it was read is read again."""
+        for _attempt in range(_MAX_INTERRUPTED_DUMPS):
+            found: list[T] = []
+            interrupted = False
+            self._sequence += 1
+            self._socket.send(netlink.message(request[0], netlink.NLM_F_DUMP, self._sequence, request[1]))
+            for message in self._answers():
+                interrupted |= bool(message.flags & netlink.NLM_F_DUMP_INTR)
+                if message.kind == netlink.NLMSG_DONE:
+                    break
+                if message.kind == netlink.NLMSG_ERROR:
+                    code, text = netlink.error(message)
+                    raise KernelError(f"cannot read kernel table {request[0]}: {text or os.strerror(code)}")
+                if message.kind == answer:
+                    found.append(read(message.body))
+            if not interrupted:
+                return found
+        raise KernelError(f"kernel table {request[0]} changes faster than it can be read")
+
+    def _answers(self) -> Iterator[netlink.Message]:
+        """Messages that answer the last request; endless, the caller stops at what it waits for."""
+        while True:
+            try:
+                data = self._socket.recv(1 << 18)
+            except OSError as exc:
+                raise KernelError(f"route netlink socket failed: {exc.strerror}") from exc
+            for message in netlink.messages(data):
+                if message.seq == self._sequence:
+                    yield message
+
+    # ---- writing
+
+    def apply(self, operations: Sequence[Operation]) -> list[Refused]:
+        """Send the operations in order, links one by one, the rest in batches."""
+        refused: list[Refused] = []
+        indexes = {link.name: link.ifindex for link in self.links()} if operations else {}
+        run: list[Operation] = []
+        for operation in operations:
+            if not isinstance(operation.entry, Link):
+                run.append(operation)
+                continue
+            refused += self._send(run, indexes)
+            run = []
+            refused += self._send([operation], indexes)
+            indexes = {link.name: link.ifindex for link in self.links()}
+        return refused + self._send(run, indexes)
+
+    def _send(self, operations: Sequence[Operation], indexes: netlink.Indexes) -> list[Refused]:
+        refused: list[Refused] = []
+        for start in range(0, len(operations), _BATCH):
+            refused += self._send_batch(operations[start : start + _BATCH], indexes)
+        return refused
+
+    def _send_batch(self, operations: Sequence[Operation], indexes: netlink.Indexes) -> list[Refused]:
+        refused: list[Refused] = []
+        sent: dict[int, Operation] = {}
+        bodies: list[tuple[int, int, bytes]] = []
+        for operation in operations:
+            try:
+                request = _encode(operation, indexes)
+            except KeyError as exc:
+                if operation.verb == "put":
+                    refused.append(Refused(operation, errno.ENODEV, f"no link named {exc.args[0]}"))
+                continue
+            bodies.append(request)
+            sent[self._sequence + len(bodies)] = operation
+        if not bodies:
+            return refused
+        last = self._sequence + len(bodies)
+        buffer = b"".join(
+            _padded(netlink.message(kind, flags | (netlink.NLM_F_ACK if seq == last else 0), seq, body))
+            for seq, (kind, flags, body) in enumerate(bodies, self._sequence + 1)
+        )
+        self._socket.send(buffer)
+        refused += self._collect(sent, last)
+        self._sequence = last
+        return refused
+
+    def _collect(self, sent: dict[int, Operation], last: int) -> list[Refused]:
+        refused: list[Refused] = []
+        while True:
+            try:
+                data = self._socket.recv(1 << 18)
+            except OSError as exc:
+                raise KernelError(f"route netlink socket failed: {exc.strerror}") from exc
+            for message in netlink.messages(data):
+                if message.kind != netlink.NLMSG_ERROR or message.seq not in sent:
+                    continue
+                code, text = netlink.error(message)
+                operation = sent[message.seq]
+                if code and not (operation.verb == "drop" and code in _ABSENT):
+                    refused.append(Refused(operation, code, text or os.strerror(code)))
+                if message.seq == last:
+                    return refused
+
+
+def _encode(operation: Operation, indexes: netlink.Indexes) -> tuple[int, int, bytes]:
+    entry = operation.entry
+    if operation.verb == "drop":
+        return netlink.drop(entry, indexes)
+    return netlink.put(entry, indexes, exists=isinstance(entry, Link) and entry.name in indexes)
+
+
+def _padded(message: bytes) -> bytes:
+    return message + b"\0" * (-len(message) % 4)
+
+
+# ---- from what the kernel shows to entries
+
+
+def as_link(link: LinkInfo, names: dict[int, str]) -> Link:
+    """A VXLAN link as an entry; `names` maps link indexes to names."""
+    assert link.vxlan is not None  # noqa: S101 - the callers filter by it
+    vxlan = link.vxlan._replace(underlay=names.get(link.underlay, ""))
+    return Link(link.name, link.mtu, link.mac, link.up, vxlan)
+
+
+def as_neighbour(found: NeighbourInfo, link: str) -> Entry | None:
+    """A permanent neighbour or FDB entry; None for what the kernel learned by itself."""
+    if not found.permanent or not found.address:
+        return None
+    if found.family == netlink.AF_BRIDGE:
+        return FdbEntry(link, found.mac, found.address) if found.own_table else None
+    return Neighbour(link, found.address, found.mac)
+
+
+def as_route(route: RouteInfo, link: str) -> Route:
+    return Route(link, route.dst, route.via, route.onlink, route.metric)
+
+
+def _ours(route: RouteInfo) -> bool:
+    """Routes that the kernel or a router advertisement made are nobody's to plan."""
+    return route.kind == netlink.RTN_UNICAST and route.protocol not in (
+        netlink.RTPROT_KERNEL,
+        netlink.RTPROT_RA,
+    )
+
+
+def _inside(networks: tuple[str, ...]) -> Callable[[str], bool]:
+    parsed = [ip_network(n) for n in networks]
+
+    def inside(prefix: str) -> bool:
+        found = ip_network(prefix, strict=False)
+        return any(found.version == n.version and found.subnet_of(n) for n in parsed)  # type: ignore[arg-type]
+
+    return inside
+
+
+def _address_in_scope(found: AddressInfo, inside: Callable[[str], bool]) -> bool:
+    address = ip_address(found.address)
+    return not address.is_link_local if address.version == 6 else inside(found.address)
+
+
+# ---- notifications
+
+
+class Change(NamedTuple):
+    """A kernel notification: `gone` tells a deletion; `entry` is None when only the link is known."""
+
+    gone: bool
+    link: str
+    entry: Entry | None
+
+
+_GROUPS = (1, 3, 5, 7, 9, 11)  # RTNLGRP_LINK, NEIGH, IPV4_IFADDR, IPV4_ROUTE, IPV6_IFADDR, IPV6_ROUTE
+_NEIGH = struct.Struct("=Bxxxi")
+
+
+class Monitor:
+    """Kernel notifications about some links, as `Change`s.
+
+    `overrun` is reported as an empty list: notifications were lost, so look at everything.
+    """
+
+    def __init__(self, links: frozenset[str]) -> None:
+        self._wanted = links
+        self._names: dict[int, str] = {}
+        self._socket = _open(sum(1 << (group - 1) for group in _GROUPS))
+        self._socket.setblocking(False)
+        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        kernel = NetlinkKernel()
+        self._names = {link.ifindex: link.name for link in kernel.links() if link.name in links}
+        kernel.close()
+
+    def wake(self) -> None:
+        """Make a waiting `read` return None. Callable from any thread."""
+        os.write(self._wake_write, b"\0")
+
+    def close(self) -> None:
+        self._socket.close()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
+    def read(self) -> list[Change] | None:
+        """Wait for the next changes; None after `wake`, an empty list when some were lost."""
+        while True:
+            ready, _, _ = select.select([self._socket.fileno(), self._wake_read], [], [])
+            if self._wake_read in ready:
+                return None
+            try:
+                data = self._socket.recv(1 << 18)
+            except BlockingIOError:
+                continue
+            except OSError as exc:
+                if exc.errno == errno.ENOBUFS:
+                    return []
+                raise KernelError(f"route netlink monitor failed: {exc.strerror}") from exc
+            changes = [change for m in netlink.messages(data) if (change := self._change(m))]
+            if changes:
+                return changes
+
+    def _change(self, message: netlink.Message) -> Change | None:
+        kind, body = message.kind, message.body
+        if kind in (netlink.RTM_NEWLINK, netlink.RTM_DELLINK):
+            return self._link(kind, body)
+        if kind in (netlink.RTM_NEWNEIGH, netlink.RTM_DELNEIGH):
+            # The busiest kind on a node full of pods: look at the index before anything is parsed.
+            name = self._names.get(_NEIGH.unpack_from(body)[1])
+            if name is None:
+                return None
+            entry = as_neighbour(netlink.read_neighbour(body), name)
+            return Change(kind == netlink.RTM_DELNEIGH, name, entry) if entry else None
+        if kind in (netlink.RTM_NEWADDR, netlink.RTM_DELADDR):
+            address = netlink.read_address(body)
+            name = self._names.get(address.ifindex)
+            text = f"{address.address}/{address.length}"
+            return Change(kind == netlink.RTM_DELADDR, name, Address(name, text)) if name else None
+        if kind in (netlink.RTM_NEWROUTE, netlink.RTM_DELROUTE):
+            route = netlink.read_route(body)
+            name = self._names.get(route.ifindex)
+            if name is None or route.table != netlink.RT_TABLE_MAIN or not _ours(route):
+                return None
+            return Change(kind == netlink.RTM_DELROUTE, name, as_route(route, name))
+        return None
+
+    def _link(self, kind: int, body: bytes) -> Change | None:
+        if body[0] == netlink.AF_BRIDGE:
+            return None
+        link = netlink.read_link(body)
+        if link.name not in self._wanted:
+            # A link of ours that was renamed away is a link of ours that is gone.
+            lost = self._names.pop(link.ifindex, None)
+            return Change(True, lost, None) if lost else None
+        if kind == netlink.RTM_DELLINK:
+            self._names.pop(link.ifindex, None)
+            return Change(True, link.name, None)
+        self._names[link.ifindex] = link.name
+        return Change(False, link.name, None)
