@@ -39,7 +39,7 @@ NetState = Mapping[Key, Entry]
 
 
 class Vxlan(NamedTuple):
-    """What makes a VXLAN device; all but `learning` are fixed once the device exists.
+    """What makes a VXLAN device; fixed once the device exists.
 
     `port` is the UDP destination port, `local` the source address of outer packets, `underlay` the
     name of the link they leave by.
@@ -76,7 +76,7 @@ class Link(NamedTuple):
 
     def same_device(self, other: Link) -> bool:
         """Whether the kernel can turn `other` into this link without making a new one."""
-        return self.vxlan._replace(learning=False) == other.vxlan._replace(learning=False)
+        return self.vxlan == other.vxlan
 
 
 class Address(NamedTuple):

@@ -68,6 +68,11 @@ class NetlinkKernel:
         """Every link, in index order as the kernel lists them."""
         return self._dump(netlink.get_links(), netlink.RTM_NEWLINK, netlink.read_link)
 
+    def link(self, name: str) -> LinkInfo | None:
+        """The link of that name, None if there is none."""
+        message = self._ask(netlink.get_link(name))
+        return None if message.kind == netlink.NLMSG_ERROR else netlink.read_link(message.body)
+
     def addresses(self) -> list[AddressInfo]:
         """Every address of both families."""
         return self._dump(netlink.get_addresses(), netlink.RTM_NEWADDR, netlink.read_address)
@@ -79,14 +84,14 @@ class NetlinkKernel:
 
     def route_to(self, address: str) -> RouteInfo | None:
         """The route the kernel would take to `address`, None if it has none."""
-        kind, body = netlink.route_to(address)
+        message = self._ask(netlink.route_to(address))
+        return None if message.kind == netlink.NLMSG_ERROR else netlink.read_route(message.body)
+
+    def _ask(self, request: tuple[int, bytes]) -> netlink.Message:
+        """Send one request and return its one answer."""
         self._sequence += 1
-        self._socket.send(netlink.message(kind, 0, self._sequence, body))
-        for message in self._answers():
-            if message.kind == netlink.NLMSG_ERROR:
-                return None
-            return netlink.read_route(message.body)
-        raise KernelError("the kernel did not answer a route request")
+        self._socket.send(netlink.message(request[0], 0, self._sequence, request[1]))
+        return next(self._answers())
 
     def snapshot(self, scope: Scope) -> NetState:
         """Every entry in `scope` and nothing else."""
@@ -158,20 +163,25 @@ class NetlinkKernel:
     def apply(self, operations: Sequence[Operation]) -> list[Refused]:
         """Send the operations in order, links one by one, the rest in batches."""
         refused: list[Refused] = []
-        indexes = {link.name: link.ifindex for link in self.links()} if operations else {}
         run: list[Operation] = []
         for operation in operations:
             if not isinstance(operation.entry, Link):
                 run.append(operation)
                 continue
-            refused += self._send(run, indexes)
+            refused += self._send(run)
             run = []
-            refused += self._send([operation], indexes)
-            indexes = {link.name: link.ifindex for link in self.links()}
-        return refused + self._send(run, indexes)
+            refused += self._send([operation])
+        return refused + self._send(run)
 
-    def _send(self, operations: Sequence[Operation], indexes: netlink.Indexes) -> list[Refused]:
+    def _indexes(self, operations: Sequence[Operation]) -> dict[str, int]:
+        """Indexes of the links that the operations speak of, those that exist."""
+        names = {operation.entry.link for operation in operations}
+        names |= {op.entry.vxlan.underlay for op in operations if isinstance(op.entry, Link)}
+        return {link.name: link.ifindex for name in names if (link := self.link(name))}
+
+    def _send(self, operations: Sequence[Operation]) -> list[Refused]:
         refused: list[Refused] = []
+        indexes = self._indexes(operations)
         for start in range(0, len(operations), _BATCH):
             refused += self._send_batch(operations[start : start + _BATCH], indexes)
         return refused
@@ -287,6 +297,13 @@ class Change(NamedTuple):
     entry: Entry | None
 
 
+def _neighbour_change(kind: int, found: NeighbourInfo, link: str) -> Change | None:
+    """A permanent neighbour that is deleted shows up as one that is no longer permanent."""
+    gone = kind == netlink.RTM_DELNEIGH or not found.permanent
+    entry = as_neighbour(found._replace(permanent=True), link)
+    return Change(gone, link, entry) if entry else None
+
+
 _GROUPS = (1, 3, 5, 7, 9, 11)  # RTNLGRP_LINK, NEIGH, IPV4_IFADDR, IPV4_ROUTE, IPV6_IFADDR, IPV6_ROUTE
 _NEIGH = struct.Struct("=Bxxxi")
 
@@ -343,8 +360,7 @@ class Monitor:
             name = self._names.get(_NEIGH.unpack_from(body)[1])
             if name is None:
                 return None
-            entry = as_neighbour(netlink.read_neighbour(body), name)
-            return Change(kind == netlink.RTM_DELNEIGH, name, entry) if entry else None
+            return _neighbour_change(kind, netlink.read_neighbour(body), name)
         if kind in (netlink.RTM_NEWADDR, netlink.RTM_DELADDR):
             address = netlink.read_address(body)
             name = self._names.get(address.ifindex)

@@ -39,6 +39,7 @@ RTPROT_UNSPEC, RT_SCOPE_UNIVERSE, RT_SCOPE_LINK, RT_SCOPE_NOWHERE = 0, 0, 253, 2
 IFA_F_TEMPORARY, IFA_F_DEPRECATED, IFA_F_PERMANENT = 0x01, 0x20, 0x80
 
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_TXQLEN, _IFLA_LINKINFO = 1, 3, 4, 13, 18
+_IFLA_EXT_MASK, _SKIP_STATS = 29, 1 << 3
 _INFO_KIND, _INFO_DATA = 1, 2
 _VX_ID, _VX_LINK, _VX_LOCAL, _VX_TTL, _VX_TOS, _VX_LEARNING = 1, 3, 4, 5, 6, 7
 _VX_PROXY, _VX_RSC, _VX_L2MISS, _VX_L3MISS, _VX_PORT, _VX_LOCAL6 = 11, 12, 13, 14, 15, 17
@@ -190,12 +191,11 @@ def _put_link(link: Link, indexes: Indexes, exists: bool) -> tuple[int, int, byt
     if link.mac:
         body += attr(_IFLA_ADDRESS, mac_bytes(link.mac))
     if exists:
-        data = attr(_VX_LEARNING, bytes([link.vxlan.learning]))
-    else:
-        body += attr(_IFLA_TXQLEN, u32(0))
-        data = _vxlan(link.vxlan, indexes)
-    info = attr(_INFO_KIND, b"vxlan\0") + attr(_INFO_DATA, data)
-    return RTM_NEWLINK, 0 if exists else NLM_F_CREATE | NLM_F_EXCL, body + attr(_IFLA_LINKINFO, info)
+        # Without LINKINFO: the kernel takes no MTU together with attributes of the kind.
+        return RTM_NEWLINK, 0, body
+    info = attr(_INFO_KIND, b"vxlan\0") + attr(_INFO_DATA, _vxlan(link.vxlan, indexes))
+    body += attr(_IFLA_TXQLEN, u32(0)) + attr(_IFLA_LINKINFO, info)
+    return RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, body
 
 
 def _vxlan(vxlan: Vxlan, indexes: Indexes) -> bytes:
@@ -252,7 +252,12 @@ def _dropped_route(entry: Route, indexes: Indexes) -> bytes:
 
 
 def get_links() -> tuple[int, bytes]:
-    return RTM_GETLINK, _IFINFO.pack(0, 0, 0, 0, 0)
+    return RTM_GETLINK, _IFINFO.pack(0, 0, 0, 0, 0) + attr(_IFLA_EXT_MASK, u32(_SKIP_STATS))
+
+
+def get_link(name: str) -> tuple[int, bytes]:
+    body = _IFINFO.pack(0, 0, 0, 0, 0) + attr(_IFLA_EXT_MASK, u32(_SKIP_STATS))
+    return RTM_GETLINK, body + attr(_IFLA_IFNAME, name.encode() + b"\0")
 
 
 def get_addresses() -> tuple[int, bytes]:

@@ -25,7 +25,10 @@ class SubnetManager(Protocol):
         ...
 
     def network_config(self) -> NetConf:
-        """The validated network configuration; raises ConfigError when it is missing or wrong."""
+        """The validated network configuration; raises ConfigError when it is wrong.
+
+        One that does not exist yet, where somebody may still write it, is StoreUnavailable.
+        """
         ...
 
     def stored(self, public_ip: IPv4Address | IPv6Address) -> Lease | None:
@@ -47,6 +50,8 @@ class SubnetManager(Protocol):
 
     def watch(self, stop: Event) -> Iterator[Update]:
         """Yield a snapshot of all leases (own included), then changes as they happen.
+
+        Further snapshots may come between changes, and an `expires_s` of 0 may mean "not asked for".
 
         Ends when `stop` is set or `close` is called. After StoreUnavailable a new call starts afresh
         with a snapshot, which is also how a compacted history is recovered from.

@@ -1,0 +1,165 @@
+"""VXLAN (RFC 7348): pod packets travel inside UDP between the nodes' external interfaces.
+
+How a packet travels. A pod on this node sends to 10.244.2.7. The route of the peer's subnet says
+`10.244.2.0/24 via 10.244.2.0 dev flannel.1 onlink`: the next hop is the peer's VTEP, whose address
+is the subnet's own network address, which no pod can have. The permanent neighbour entry gives that
+address the peer's VTEP MAC, so no ARP is ever sent. The device's forwarding database maps the MAC to
+the peer's public IP, so nothing is flooded or learned. The kernel wraps the frame in UDP to port 8472
+of that address; the peer's device unwraps it and routes it to its bridge.
+
+Which tables grow. One route, one neighbour and one FDB entry for each peer, all permanent: with N
+nodes 3(N-1) entries and no entry per pod. All routes share one device, and the kernel keeps the
+routes of a device in one hash chain, so inserting them is more than linear in N.
+
+What was not chosen. One link per peer grows interfaces instead of entries. A multicast group needs
+an underlay that carries multicast. L2MISS/L3MISS with a daemon that answers, as flannel once did,
+puts a user process into the path of the first packet; with permanent entries the data path works
+while the daemon is down.
+
+Names, attributes and entries are upstream's to the byte (pkg/backend/vxlan), so that this daemon
+adopts the device and the peers' entries of its predecessor and can be followed by it.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
+from typing import ClassVar
+
+from cni.errors import ConfigError, InternalError
+from cni.net.entries import Address, Entry, FdbEntry, Link, Neighbour, NetState, Route, Vxlan
+from cni.net.plan import Scope
+from cni.spec import gojson
+from flanneld.backend.protocol import existing_links
+from flanneld.config import NetConf
+from flanneld.iface import ExternalInterface
+from flanneld.lease import Attributes, Lease
+
+OVERHEAD_BYTES = 50  # RFC 7348 section 5: outer IPv4 20, UDP 8, VXLAN 8, inner Ethernet 14
+DEFAULT_PORT = 8472  # what the Linux kernel uses when none is given; IANA's 4789 came later
+_IPV6_METRIC = 1024  # the kernel's default for IPv6 routes, shown where IPv4 shows none
+
+_MAC = re.compile(r"[0-9a-f]{2}(?::[0-9a-f]{2}){5}\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class VxlanBackend:
+    """One VXLAN device for each enabled address family; `mac` of the links is filled in by the lease."""
+
+    v4: Link | None
+    v6: Link | None
+
+    kind: ClassVar[str] = "vxlan"
+
+    @classmethod
+    def from_config(cls, config: NetConf, external: ExternalInterface, source: str) -> VxlanBackend:
+        """Read the backend's keys VNI, Port, MTU, GBP and Learning; raises ConfigError."""
+        keys = dict(config.backend)
+        try:
+            vni = gojson.integer(keys, "VNI", 1, 0, (1 << 24) - 1)
+            port = gojson.integer(keys, "Port", 0, 0, 65535) or DEFAULT_PORT
+            outer_mtu = gojson.integer(keys, "MTU", external.mtu, 0, 65535) or 0
+            gbp = gojson.typed(keys, "GBP", bool, False)
+            learning = gojson.typed(keys, "Learning", bool, False)
+            direct = gojson.typed(keys, "DirectRouting", bool, False)
+        except gojson.GoJsonError as exc:
+            raise ConfigError(f"{source}: Backend.{exc}") from None
+        if direct:
+            raise ConfigError(
+                f"{source}: Backend.DirectRouting is not available in this version yet; remove it"
+            )
+        mtu = outer_mtu - OVERHEAD_BYTES
+        smallest = 1280 if config.enable_ipv6 else 68
+        if mtu < smallest:
+            raise ConfigError(
+                f"{source}: an outer MTU of {outer_mtu} leaves {mtu} bytes for pods, which need at least "
+                f"{smallest}; raise Backend.MTU or the MTU of {external.name}"
+            )
+
+        def device(name: str, local: IPv4Address | IPv6Address) -> Link:
+            return Link(name, mtu, "", True, Vxlan(vni or 0, port, str(local), external.name, gbp, learning))
+
+        public_ip, public_ipv6 = external.public_ip, external.public_ipv6
+        return cls(
+            v4=device(f"flannel.{vni}", public_ip) if config.enable_ipv4 and public_ip else None,
+            v6=device(f"flannel-v6.{vni}", public_ipv6) if config.enable_ipv6 and public_ipv6 else None,
+        )
+
+    def _links(self) -> Iterator[tuple[int, Link]]:
+        if self.v4:
+            yield 4, self.v4
+        if self.v6:
+            yield 6, self.v6
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        return tuple(link.name for _, link in self._links())
+
+    @property
+    def mtu(self) -> int:
+        return next(link.mtu for _, link in self._links())
+
+    def scope(self, config: NetConf) -> Scope:
+        networks = tuple(str(n) for n in (config.network, config.ipv6_network) if n is not None)
+        return Scope(self.devices, networks)
+
+    def attributes(self, stored: Lease | None, existing: NetState) -> Attributes:
+        links = existing_links(existing)
+        data: dict[int, str] = {}
+        for version, device in self._links():
+            have = links.get(device.name)
+            published = _mac(stored.attrs, version) if stored else ""
+            mac = have.mac if have and device.same_device(have) else published or _random_mac()
+            data[version] = gojson.dumps({"VNI": device.vxlan.vni, "VtepMAC": mac}, sort=False)
+        return Attributes(
+            public_ip=IPv4Address(self.v4.vxlan.local) if self.v4 else None,
+            public_ipv6=IPv6Address(self.v6.vxlan.local) if self.v6 else None,
+            backend_type=self.kind,
+            backend_data=data.get(4, ""),
+            backend_v6_data=data.get(6, ""),
+        )
+
+    def base(self, own: Lease) -> Iterator[Entry]:
+        for version, device in self._links():
+            subnet = own.subnet if version == 4 else own.subnet6
+            mac = _mac(own.attrs, version)
+            if subnet is None or not mac:
+                raise InternalError(f"own lease {own.key} has no IPv{version} subnet or no VTEP MAC")
+            yield device._replace(mac=mac)
+            yield Address(device.name, f"{subnet.network_address}/{subnet.max_prefixlen}")
+
+    def peer(self, peer: Lease) -> Iterator[Entry]:
+        if peer.attrs.backend_type != self.kind:
+            return
+        for version, device in self._links():
+            subnet = peer.subnet if version == 4 else peer.subnet6
+            public_ip = peer.attrs.public_ip if version == 4 else peer.attrs.public_ipv6
+            mac = _mac(peer.attrs, version)
+            # A Windows node publishes an empty MAC first and the real one later; until then it has no VTEP.
+            if subnet is None or public_ip is None or not mac:
+                continue
+            vtep = str(subnet.network_address)
+            yield Neighbour(device.name, vtep, mac)
+            yield FdbEntry(device.name, mac, str(public_ip))
+            metric = _IPV6_METRIC if version == 6 else 0
+            yield Route(device.name, str(subnet), vtep, onlink=True, metric=metric)
+
+
+def _mac(attrs: Attributes, version: int) -> str:
+    """The VTEP MAC that a lease publishes for a family, empty if there is none or it is no unicast MAC."""
+    text = attrs.backend_data if version == 4 else attrs.backend_v6_data
+    try:
+        mac = gojson.typed(gojson.load_object(text or "{}"), "VtepMAC", str, "").lower()
+    except gojson.GoJsonError:
+        return ""
+    return mac if _MAC.match(mac) and not int(mac[:2], 16) & 1 else ""
+
+
+def _random_mac() -> str:
+    """A locally administered unicast MAC, made as upstream makes it."""
+    raw = bytearray(secrets.token_bytes(6))
+    raw[0] = (raw[0] & 0xFE) | 0x02
+    return raw.hex(":")

@@ -1,0 +1,217 @@
+"""The loop: leases and kernel notifications in, kernel state out.
+
+Nothing here says "add this route". Leases give the desired state, the kernel gives the actual state,
+`plan` gives the difference, one batch applies it. A lease that changed, a link event, a timer and
+start-up all do the same thing: put a key on the work queue. A flushed table, a rebuilt device, a
+restart after a week and the entries of nodes that left meanwhile need no code of their own.
+
+Two kinds of key lead to the kernel. `NETWORK` reads the kernel and repairs everything. `("peer", KEY)`
+handles one changed lease without a dump: the difference between what the old and the new lease ask
+for. Should the kernel not have held what we thought, its notification or refusal brings a `NETWORK`.
+
+One worker thread owns the kernel socket and all fields but `leases` and `wanted`. Those two are
+values that are replaced, never changed: the watching threads read them without a lock.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Mapping, Sequence
+
+from cni.errors import KernelError, NetworkError
+from cni.net.entries import Entry, NetState, state
+from cni.net.kernel import Change
+from cni.net.plan import Kernel, Operation, Refused, plan
+from flanneld.backend.protocol import Backend, desired
+from flanneld.config import NetConf
+from flanneld.lease import Lease, LeaseSet, Snapshot, Update
+from flanneld.log import OncePerChange, logger
+from flanneld.workqueue import (
+    Clock,
+    ExponentialLimiter,
+    RateLimitedQueue,
+    ShutDown,
+)
+
+WorkKey = tuple[str, ...]
+NETWORK: WorkKey = ("network",)
+
+# Notifications come in bursts (a flushed table sends one for each entry): gather them this long.
+_GATHER_S = 0.02
+# A lost notification would otherwise go unnoticed for ever; upstream's informer resyncs as often.
+RESYNC_S = 300.0
+_RETRY_BASE_S, _RETRY_CAP_S = 0.05, 30.0
+
+
+class Reconciler:
+    """Keeps the kernel equal to what the leases ask for.
+
+    `chores` are further keys and what to do for them (firewall, files); an error they raise on purpose
+    is retried with back-off like a refused route.
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        backend: Backend,
+        config: NetConf,
+        own: Lease,
+        clock: Clock,
+        chores: Mapping[WorkKey, Callable[[], None]],
+    ) -> None:
+        self.queue: RateLimitedQueue[WorkKey] = RateLimitedQueue(
+            clock, ExponentialLimiter(_RETRY_BASE_S, _RETRY_CAP_S)
+        )
+        self.leases = LeaseSet()
+        self.wanted: NetState = {}
+        self._kernel = kernel
+        self._backend = backend
+        self._scope = backend.scope(config)
+        self._own = own
+        self._chores = chores
+        self._programmed: dict[str, tuple[Entry, ...]] = {}
+        self._peers_known = False
+        self._trouble: dict[WorkKey, OncePerChange] = {}
+        self.on_peers_programmed: Callable[[], None] = lambda: None
+
+    # ---- called by the watching threads
+
+    def lease_update(self, update: Update) -> None:
+        """Take in what the store reports; returns at once."""
+        self.leases = self.leases.fold(update)
+        if isinstance(update, Snapshot):
+            self._peers_known = True
+            self.queue.add(NETWORK)
+        else:
+            for change in update:
+                if change.key != self._own.key:
+                    self.queue.add(("peer", change.key))
+
+    def kernel_changes(self, changes: Sequence[Change]) -> None:
+        """Take in kernel notifications; none at all means that some were lost."""
+        if not changes or any(is_drift(change, self.wanted) for change in changes):
+            self.queue.add_after(NETWORK, _GATHER_S)
+
+    # ---- the worker
+
+    def prepare(self) -> list[Refused]:
+        """Bring our own device into shape, before any peer is known; removes nothing."""
+        self.wanted = state(self._backend.base(self._own))
+        actual = self._kernel.snapshot(self._scope)
+        operations = [op for op in plan(self.wanted, actual) if op.verb == "put" or op.entry.rank == 0]
+        return self._kernel.apply(operations)
+
+    def run(self) -> None:
+        """Work until the queue is shut down."""
+        self.queue.add_after(NETWORK, RESYNC_S)
+        while True:
+            try:
+                key = self.queue.get()
+            except ShutDown:
+                return
+            try:
+                self._work(key)
+            finally:
+                self.queue.done(key)
+
+    def _work(self, key: WorkKey) -> None:
+        trouble = self._trouble.setdefault(key, OncePerChange())
+        try:
+            self._handle(key)
+        except NetworkError as exc:
+            trouble.trouble(str(exc))
+            self.queue.add_rate_limited(key)
+        else:
+            trouble.over(f"{' '.join(key)}: in order again")
+            self.queue.forget(key)
+            del self._trouble[key]
+
+    def _handle(self, key: WorkKey) -> None:
+        if key == NETWORK:
+            self._network()
+        elif key[0] == "peer":
+            self._peer(key[1])
+        else:
+            self._chores[key]()
+
+    def _network(self) -> None:
+        if not self._peers_known:
+            # Without the store's word an unknown peer may be a live one: only mend what is ours alone.
+            self._raise(self.prepare())
+            return
+        self.queue.add_after(NETWORK, RESYNC_S)
+        peers = {lease.key: lease for lease in self.leases.peers(self._own)}
+        self._programmed = {key: tuple(self._backend.peer(lease)) for key, lease in peers.items()}
+        self.wanted = desired(self._backend, self._own, iter(peers.values()))
+        operations = plan(self.wanted, self._kernel.snapshot(self._scope))
+        self._apply(operations)
+        self.on_peers_programmed()
+
+    def _peer(self, key: str) -> None:
+        if not self._peers_known:
+            return
+        lease = self.leases.by_key.get(key)
+        before = self._programmed.get(key, ())
+        after = tuple(self._backend.peer(lease)) if lease else ()
+        if after:
+            self._programmed[key] = after
+        else:
+            self._programmed.pop(key, None)
+        wanted = dict(self.wanted)
+        for entry in before:
+            wanted.pop(entry.key, None)
+        wanted.update(state(after))
+        self.wanted = wanted
+        try:
+            self._apply(plan(state(after), state(before)))
+        except KernelError:
+            # What the kernel holds is not what we thought: look at all of it, with back-off.
+            self.queue.add_rate_limited(NETWORK)
+
+    def _apply(self, operations: Sequence[Operation]) -> None:
+        if not operations:
+            return
+        for operation in operations:
+            logger.debug("%s %s", operation.verb, operation.entry)
+        refused = self._kernel.apply(operations)
+        if len(refused) < len(operations):
+            puts = sum(op.verb == "put" for op in operations)
+            logger.info(
+                "Network reconciled: put=%d drop=%d refused=%d", puts, len(operations) - puts, len(refused)
+            )
+        self._raise(refused)
+
+    def _raise(self, refused: Sequence[Refused]) -> None:
+        if refused:
+            raise KernelError(explain(refused))
+
+
+def is_drift(change: Change, wanted: NetState) -> bool:
+    """Whether a notification tells of something that differs from what is wanted.
+
+    The echo of our own work does not: what we wrote is wanted, what we dropped is not.
+    """
+    if change.entry is None:
+        return not change.gone or ("link", change.link) in wanted
+    if change.gone:
+        return change.entry.key in wanted
+    return wanted.get(change.entry.key) != change.entry
+
+
+_REMEDIES = {
+    errno.EPERM: "flanneld needs CAP_NET_ADMIN; run it as root or add the capability",
+    errno.EOPNOTSUPP: "the kernel lacks this kind of device; load its module: modprobe vxlan",
+    errno.EADDRINUSE: "another program or device holds the UDP port; find it with: ss -lunp, or set Backend.Port",
+    errno.EEXIST: "another device has the same VNI and port; find it with: ip -d link show type vxlan",
+}
+
+
+def explain(refused: Sequence[Refused]) -> str:
+    """One line for what the kernel refused: the first refusal, how many more, the remedy if known."""
+
+    first = refused[0]
+    name = errno.errorcode.get(first.errno, str(first.errno))
+    more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+    remedy = f"; {_REMEDIES[first.errno]}" if first.errno in _REMEDIES else ""
+    what = " ".join(first.operation.entry.key)
+    return f"the kernel refused to {first.operation.verb} {what}: {first.text} ({name}){more}{remedy}"
