@@ -201,7 +201,7 @@ def is_drift(change: Change, wanted: NetState) -> bool:
 _REMEDIES = {
     errno.EPERM: "flanneld needs CAP_NET_ADMIN; run it as root or add the capability",
     errno.EOPNOTSUPP: "the kernel lacks this kind of device; load its module: modprobe vxlan",
-    errno.EADDRINUSE: "another program or device holds the UDP port; find it with: ss -lunp, or set Backend.Port",
+    errno.EADDRINUSE: "the UDP port is taken; find the owner with: ss -lunp, or set Backend.Port",
     errno.EEXIST: "another device has the same VNI and port; find it with: ip -d link show type vxlan",
 }
 

@@ -4,11 +4,14 @@ Our peers are Go programs, so what they accept and print is the contract: member
 match without regard to case and the last one wins, `null` leaves the default, NaN and trailing
 data are errors, numbers in free-form objects are 64-bit floats, and the writer sorts the keys of
 maps, adds no spaces and escapes `<`, `>` and `&`.
+
+Decision: the C scanner behind the standard library's `json` is used directly. `import json` costs 8 ms
+(it loads `re` and `enum`), more than the rest of a CNI plugin's start; it is imported only to word an error.
 """
 
 from __future__ import annotations
 
-import json
+from _json import encode_basestring, make_scanner
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -56,17 +59,50 @@ def _in_order(pairs: list[tuple[str, object]]) -> Object:
     return result
 
 
+class _Rules:
+    """What `json.JSONDecoder` hands to its scanner."""
+
+    strict = True
+    object_hook = None
+    object_pairs_hook = staticmethod(_in_order)
+    parse_float = Number
+    parse_int = Number
+    parse_constant = staticmethod(_constant)
+    memo: dict[str, str] = {}  # noqa: RUF012 - the scanner's own table of keys, emptied after each document
+
+
+_scan = make_scanner(_Rules)  # type: ignore[arg-type]  # any object with these attributes does
+_BLANK = " \t\r\n"
+
+
 def loads(data: bytes | str) -> object:
     """Parse one JSON document; raises GoJsonError. Invalid UTF-8 becomes U+FFFD, as in Go."""
-    text = data.decode("utf-8", "replace") if isinstance(data, bytes) else data
+    text = (data.decode("utf-8", "replace") if isinstance(data, bytes) else data).lstrip(_BLANK)
     try:
-        return json.loads(
-            text, object_pairs_hook=_in_order, parse_int=Number, parse_float=Number, parse_constant=_constant
-        )
+        value, end = _scan(text, 0)
     except GoJsonError:
         raise
-    except (ValueError, RecursionError) as exc:
-        raise GoJsonError(str(exc) if text.strip() else "unexpected end of JSON input") from None
+    except RecursionError:
+        raise GoJsonError("nested too deeply") from None
+    except (ValueError, StopIteration, SystemError):
+        # The bare scanner knows that the text is wrong, but cannot say so without the `json` package.
+        raise GoJsonError(_complaint(text)) from None
+    if text[end:].strip(_BLANK):
+        raise GoJsonError(f"data after the top-level value: {text[end:].strip(_BLANK)[:40]!r}")
+    return value
+
+
+def _complaint(text: str) -> str:
+    """Why `text`, which the scanner refused, is no JSON."""
+    import json
+
+    if not text:
+        return "unexpected end of JSON input"
+    try:
+        json.loads(text)
+    except ValueError as exc:
+        return str(exc)
+    return "not JSON"
 
 
 def load_object(data: bytes | str) -> Object:
@@ -98,18 +134,23 @@ def kind(value: object) -> str:
 
 def member(record: Object, name: str) -> object:
     """The value of a record's member: any case, the last one that is not null, else None."""
-    folded = name.lower()
+    folded = _fold(name)
     found: object = None
     for key, value in record.items():
-        if value is not None and (key == name or key.lower() == folded):
+        if value is not None and (key == name or _fold(key) == folded):
             found = value
     return found
 
 
 def has(record: Object, name: str) -> bool:
     """Whether the member was written at all, even as null."""
-    folded = name.lower()
-    return any(key.lower() == folded for key in record)
+    folded = _fold(name)
+    return any(_fold(key) == folded for key in record)
+
+
+def _fold(name: str) -> str:
+    """Go's simple case folding, as far as ASCII letters take part in it (Kelvin sign, long s)."""
+    return name.lower().replace("\u017f", "s")
 
 
 def typed(record: Object, name: str, wanted: type[T], default: T) -> T:
@@ -129,7 +170,7 @@ def integer(record: Object, name: str, default: int | None, low: int, high: int)
         return default
     text = value.text if isinstance(value, Number) else ""
     if not text.lstrip("-").isdigit() or not low <= int(text) <= high:
-        found = json.dumps(value) if isinstance(value, str) else kind(value)
+        found = _string(value) if isinstance(value, str) else kind(value)
         raise GoJsonError(f"{name} must be an integer from {low} to {high}, found {found}")
     return int(text)
 
@@ -143,10 +184,11 @@ _ESCAPES = str.maketrans(
 
 
 def _string(text: str) -> str:
-    cleaned = text.encode("utf-8", "replace").decode() if not text.isascii() else text
-    if cleaned is not text and any("\ud800" <= c <= "\udfff" for c in text):
-        cleaned = "".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in text)
-    return json.dumps(cleaned, ensure_ascii=False).translate(_ESCAPES)
+    if text.isascii():
+        return encode_basestring(text).translate(_ESCAPES)
+    # A lone surrogate has no UTF-8 form; Go writes the replacement character.
+    cleaned = "".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in text)
+    return encode_basestring(cleaned).translate(_ESCAPES)
 
 
 def _number(value: float) -> str:
@@ -178,9 +220,12 @@ def dumps(value: object, indent: str = "", sort: bool = True) -> str:
     """Write `value` as Go does: compact, or broken into lines when `indent` is given.
 
     `sort` orders the members of every object by name, as Go does for maps; without it they keep the
-    order of the dict, as the fields of a Go struct do.
+    order of the dict, as the fields of a Go struct do. Raises GoJsonError for what is nested too deeply.
     """
-    return _write(value, indent, sort, "\n" if indent else "")
+    try:
+        return _write(value, indent, sort, "\n" if indent else "")
+    except RecursionError:
+        raise GoJsonError("nested too deeply") from None
 
 
 def _write(value: object, indent: str, sort: bool, newline: str) -> str:
@@ -198,7 +243,10 @@ def _write(value: object, indent: str, sort: bool, newline: str) -> str:
             colon = ": " if indent else ":"
             inner = newline + indent
             return _bracket(
-                "{}", (_string(k) + colon + _write(value[k], indent, sort, inner) for k in names), indent, newline
+                "{}",
+                (_string(k) + colon + _write(value[k], indent, sort, inner) for k in names),
+                indent,
+                newline,
             )
         case list() | tuple():
             inner = newline + indent

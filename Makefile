@@ -1,0 +1,65 @@
+# `make demo` shows it, `make test` proves it; both set up what they need. See README.md.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# Debian's own interpreter: it comes with the shared library that the frozen programs carry along.
+PYTHON ?= /usr/bin/python3
+VENV := .venv
+PY := $(VENV)/bin/python
+SOURCES := $(shell find cni flanneld launcher packaging -name '*.py' -o -name '*.spec') pyproject.toml
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+setup: packaging/apt.done $(VENV)/.done ## install Debian packages that are missing, and the virtual environment
+
+packaging/apt.done: packaging/debian-packages.txt
+	@packaging/install-debian-packages.sh $<
+	@touch $@
+
+$(VENV)/.done: packaging/apt.done requirements.txt requirements-build.txt
+	@echo "==> virtual environment $(VENV): pinned Python packages, checked by hash"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(PY) -m pip install -q --disable-pip-version-check --require-hashes -r requirements-build.txt
+	@$(PY) -m pip install -q --disable-pip-version-check --require-hashes --no-build-isolation -r requirements.txt
+	@touch $@
+
+build: dist/.done ## freeze the programs into dist/cni-bin and dist/bin
+
+dist/.done: $(VENV)/.done $(SOURCES)
+	@echo "==> freezing the programs into dist/ (PyInstaller; takes half a minute)"
+	@$(PY) packaging/build.py
+	@touch $@
+
+demo: build ## run the whole path: three nodes, six pods (STORE=sqlite|etcd, KEEP=1 leaves it running)
+	@$(PY) -m tests.lab.demo
+
+demo-down: $(VENV)/.done ## remove what `make demo KEEP=1` left
+	@$(PY) -m tests.lab.demo down
+
+lint: $(VENV)/.done ## format, lint, types, import direction
+	@$(VENV)/bin/ruff format --check -q .
+	@$(VENV)/bin/ruff check -q .
+	@$(VENV)/bin/mypy
+	@$(PY) -m pytest -q tests/unit/test_import_direction.py
+
+unit: $(VENV)/.done ## tests that need neither root nor the network
+	@$(PY) -m pytest -q tests/unit
+
+test: build lint ## everything, on real parts (needs root)
+	@$(PY) -m pytest
+
+bench: build ## timings beside the real peers
+	@$(PY) -m pytest -q -s tests/bench
+
+lock: ## pin the Python packages again (needs pip-tools)
+	@for extra in "requirements.txt --extra etcd --extra dev"; do \
+	  pip-compile -q --generate-hashes --allow-unsafe --strip-extras --no-header --no-annotate \
+	    --no-emit-index-url --no-emit-find-links --no-emit-trusted-host -o $$extra pyproject.toml; done
+
+clean: ## remove everything that was made here
+	@rm -rf build dist $(VENV) packaging/apt.done .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: help setup build demo demo-down lint unit test bench lock clean

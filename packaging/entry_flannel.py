@@ -1,0 +1,5 @@
+"""What PyInstaller freezes as `flannel`."""
+
+from cni.__main__ import main
+
+main()

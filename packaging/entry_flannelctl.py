@@ -1,0 +1,5 @@
+"""What PyInstaller freezes as `flannelctl`."""
+
+from flanneld.ctl import main
+
+main()

@@ -1,0 +1,5 @@
+"""What PyInstaller freezes as `flanneld`."""
+
+from flanneld.__main__ import main
+
+main()
