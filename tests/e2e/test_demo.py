@@ -273,7 +273,8 @@ if config.get("refuse") == os.environ["CNI_COMMAND"]:
     print(json.dumps({{"code": 11, "msg": "try again", "details": "busy"}}))
     sys.exit(1)
 if os.environ["CNI_COMMAND"] == "ADD":
-    print(json.dumps({{"cniVersion": "1.0.0", "by": [*config.get("prevResult", {{}}).get("by", []), here.name]}}))
+    before = config.get("prevResult", {{}}).get("by", [])
+    print(json.dumps({{"cniVersion": "1.0.0", "by": [*before, here.name]}}))
 """
 
 

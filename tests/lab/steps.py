@@ -141,15 +141,13 @@ class Demo:
                 name = node.name.replace("node", "pod") + letter
                 pods.append(node.add_pod(name, self.cni_path, *ports))
                 took.append(time.monotonic() - begin)
-            # Not the one with a host port: portmap 1.1 looks for the IPv6 rules of an IPv4 pod, and fails.
-            node.runtime(self.cni_path).check(pods[-1].attachment)
             return pods
 
         with ThreadPoolExecutor(NODES) as workers:
             self.pods = [pod for pods in workers.map(add, self.nodes) for pod in pods]
         self._start_servers()
         fastest, slowest = min(took) * 1000, max(took) * 1000
-        return [f"{len(self.pods)} ADDs, {len(self.nodes)} CHECKs; one ADD {fastest:.0f} to {slowest:.0f} ms"]
+        return [f"{len(self.pods)} ADDs, one ADD {fastest:.0f} to {slowest:.0f} ms"]
 
     def _start_servers(self) -> None:
         servers = [traffic.answering(self.lab, pod.netns, POD_PORT, pod.name) for pod in self.pods]
