@@ -42,7 +42,7 @@ PLUGINS = ("flannel", "bridge", "host-local", "portmap")
 TAIL_LINES = 15
 
 BUILD = "build it first: make build"
-DOWN = shlex.join([sys.executable, "-m", "tests.lab.demo", "down"])
+DOWN = "make demo-down"
 
 
 class UsageError(Exception):
@@ -174,7 +174,7 @@ def look_around(demo: Demo) -> str:
         f"ip -n {node.netns} route",
         f"less {node.log}",
         f"cat {demo.lab.directory}/lab.json",
-        f"{DOWN}   # removes it",
+        f"{DOWN}   # removes it all",
     ]
     flannelctl = Path(FROZEN[0]).with_name("flannelctl")
     if flannelctl.exists():

@@ -106,16 +106,19 @@ class Demo:
         self.screen.details(found)
 
     def build(self) -> list[str]:
+        """Namespaces and links."""
         self.lab.create(NODES)
         self.nodes = [Node(self.lab, name) for name in self.lab.nodes]
         nodes = ", ".join(f"{node.name} {node.address}" for node in self.nodes)
         return [f"namespaces {self.lab.prefix}*: {nodes}, outside {net.OUTSIDE} and {net.WORLD}"]
 
     def open_store(self) -> list[str]:
+        """The store, with the network configuration in it."""
         self.store = STORES[self.store_name](self.lab, NETWORK_CONFIG)
         return [f"{self.store.place}, network {NETWORK_CONFIG['Network']}"]
 
     def start_daemons(self) -> list[str]:
+        """All daemons at once; every subnet must be another one."""
         for node in self.nodes:
             node.start(self.daemon, self.store)
         subnets = [node.wait_subnet() for node in self.nodes]
@@ -124,6 +127,7 @@ class Demo:
         return [", ".join(f"{node.name} {node.subnet}" for node in self.nodes)]
 
     def wait_overlay(self) -> list[str]:
+        """Every node can reach every other's pods."""
         for node in self.nodes:
             node.wait_routes(peer.subnet for peer in self.nodes if peer is not node)
         mtu = self.nodes[0].environment["FLANNEL_MTU"]
@@ -156,10 +160,12 @@ class Demo:
             server.wait_text("listening")
 
     def ping(self) -> list[str]:
+        """All ordered pairs of pods."""
         trips = traffic.ping_all(self.lab, self.pods)
         return [f"{trips.pairs} of {trips.pairs} pairs, min {trips.min_ms:.3f} ms, avg {trips.avg_ms:.3f} ms"]
 
     def capture(self) -> list[str]:
+        """The first VXLAN packet of a ping from node1's pod to node2's, taken on node2."""
         source, target = self.pods[0], self.pods[2]
         lines = traffic.capture(
             self.lab,
@@ -174,6 +180,7 @@ class Demo:
         return lines
 
     def transfer(self) -> list[str]:
+        """One stream from node1 to the last node."""
         source, target = self.pods[1], self.pods[-1]
         done = traffic.transfer(self.lab, source, target, TRANSFER_BYTES)
         return [
@@ -182,6 +189,7 @@ class Demo:
         ]
 
     def masquerade(self) -> list[str]:
+        """The outside sees nodes, pods see pods."""
         lines = []
         for pod in self.pods[::2]:
             seen = traffic.ask(self.lab, pod.netns, str(net.WORLD), WORLD_PORT).peer
@@ -203,6 +211,7 @@ class Demo:
         return lines
 
     def host_port(self) -> list[str]:
+        """The outside reaches a pod at its node's address."""
         pod = self.pods[0]
         answer = traffic.ask(self.lab, self.lab.outside, str(pod.node.address), HOST_PORT)
         if answer.name != pod.name:
@@ -210,6 +219,8 @@ class Demo:
         return [f"{pod.node.address}:{HOST_PORT} is answered by {answer.name}, which sees {answer.peer}"]
 
     def delete_pods(self) -> list[str]:
+        """DEL for every pod; no veth and no reservation may be left."""
+
         def delete(node: Node) -> None:
             mine = [pod for pod in self.pods if pod.node is node]
             for pod in mine:
