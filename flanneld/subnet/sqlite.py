@@ -70,16 +70,10 @@ class SqliteManager:
         self._clock = clock
         self._rng = SystemRandom()
         self._closed = Event()
-        self._default_config = False
 
     @property
     def name(self) -> str:
         return f"SQLite Local Manager at {self._db_path}"
-
-    @property
-    def used_default_config(self) -> bool:
-        """Whether `network_config` found no file and fell back on the built-in network."""
-        return self._default_config
 
     def network_config(self) -> NetConf:
         """The validated content of the net-conf file, or the built-in network when there is no such file."""
@@ -89,9 +83,9 @@ class SqliteManager:
             text = self._net_config_path.read_bytes()
         except FileNotFoundError:
             source = "the built-in network configuration"
+            log.info("%s does not exist: using the default network %s", self._net_config_path, DEFAULT_NETCONF)
         except OSError as exc:
             raise ConfigError(f"cannot read the network configuration {source}: {exc.strerror}") from exc
-        self._default_config = text is DEFAULT_NETCONF
         return validate(parse_netconf(text, source), source)
 
     def stored(self, public_ip: IPv4Address | IPv6Address) -> Lease | None:

@@ -32,7 +32,8 @@ VXLAN = (
     '"BackendData":{"VNI":1,"VtepMAC":"c6:d2:32:6f:8f:44"}}'
 )
 PEER = '{"PublicIP":"1.1.1.1","PublicIPv6":null,"BackendType":"host-gw"}'
-OWN = Attributes(IPv4Address("1.2.3.4"))
+OWN_IP = IPv4Address("1.2.3.4")
+OWN = Attributes(OWN_IP)
 
 
 def conf(text: str) -> NetConf:
@@ -133,7 +134,8 @@ def own_keys(tmp_path: Path) -> Iterator[Keys]:
             VXLAN,
         ),
         (
-            '{"Network": "10.12.12.0/22", "SubnetLen": 24, "SubnetMin": "10.12.13.0", "SubnetMax": "10.12.13.0",'
+            '{"Network": "10.12.12.0/22", "SubnetLen": 24,'
+            '"SubnetMin": "10.12.13.0", "SubnetMax": "10.12.13.0",'
             '"EnableIPv6": true, "IPv6Network": "fd00:12::/32", "IPv6SubnetLen": 56,'
             '"IPv6SubnetMin": "fd00:12:13::", "IPv6SubnetMax": "fd00:12:13::"}',
             Attributes(
@@ -344,8 +346,7 @@ def test_the_name_shows_the_previous_subnet(keys: Keys) -> None:
 def test_a_compacted_history_gives_a_snapshot_and_goes_on(keys: Keys) -> None:
     """The watch is opened after the snapshot was taken in; the history it asks for is gone by then."""
     keys.create("subnets/10.3.5.0-24", PEER)
-    stop = Event()
-    updates = keys.manager().watch(stop)
+    updates = keys.manager().watch(Event())
     assert isinstance(next(updates), Snapshot)
     keys.server.etcdctl("del", f"{keys.prefix}/subnets/10.3.5.0-24")
     keys.create("subnets/10.3.6.0-24", PEER)
@@ -355,8 +356,9 @@ def test_a_compacted_history_gives_a_snapshot_and_goes_on(keys: Keys) -> None:
     assert isinstance(again, Snapshot)
     assert [lease.key for lease in again.leases] == ["10.3.6.0-24"]
     keys.create("subnets/10.3.7.0-24", PEER)
-    (change,) = next(updates) if not isinstance(again := next(updates), Snapshot) else ()
-    stop.set()
+    live = next(updates)
+    assert isinstance(live, tuple)
+    assert [change.key for change in live] == ["10.3.7.0-24"]
 
 
 def test_kill_and_restart(own_keys: Keys) -> None:
@@ -408,9 +410,6 @@ def test_a_frozen_etcd_is_noticed_and_left_for_the_next(own_keys: Keys, server: 
         assert isinstance(watching.error, StoreUnavailable)
         own_keys.server.resume()
         assert alone.stored(IPv4Address("1.1.1.1")) is not None
-
-
-OWN_IP = IPv4Address("1.2.3.4")
 
 
 def test_a_dead_first_endpoint_is_passed_over(keys: Keys) -> None:
@@ -481,7 +480,7 @@ class Proxy:
 def test_a_write_without_an_answer_is_recognised(
     keys: Keys, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    """The first endpoint applies the write but its answer is lost; on the second it seems that we lost a race."""
+    """The first endpoint applies the write, its answer is lost; on the second it seems that we lost a race."""
     monkeypatch.setattr(etcd, "CALL_DEADLINE_S", 1.0)
     sent: list[str] = []
     with (
@@ -547,10 +546,10 @@ def test_users_and_stale_tokens(own_keys: Keys) -> None:
         server.etcdctl("user", "grant-role", name, name)
     server.etcdctl("role", "grant-permission", "flannel", "readwrite", "--prefix=true", prefix)
 
-    def manager(prefix: str = prefix, **extra: str) -> EtcdManager:
-        return EtcdManager([server.endpoint], prefix, **extra)
+    def manager(user: str = "", secret: str = "", prefix: str = prefix) -> EtcdManager:
+        return EtcdManager([server.endpoint], prefix, username=user, password=secret)
 
-    with closing(manager(username="flannel", password="secret-flannel")) as early:
+    with closing(manager("flannel", "secret-flannel")) as early:
         assert early.stored(OWN_IP) is None
         server.etcdctl("auth", "enable")
         lease = early.acquire(CONF, OWN, None)
@@ -562,13 +561,13 @@ def test_users_and_stale_tokens(own_keys: Keys) -> None:
     with closing(manager()) as nobody, pytest.raises(StoreUnavailable, match="user name is empty"):
         nobody.stored(OWN_IP)
     with (
-        closing(manager(username="flannel", password="secret-wrong")) as wrong,
+        closing(manager("flannel", "secret-wrong")) as wrong,
         pytest.raises(StoreUnavailable, match="--etcd-password") as refused,
     ):
         wrong.stored(OWN_IP)
     assert "secret-wrong" not in str(refused.value)
     with (
-        closing(manager("/elsewhere", username="flannel", password="secret-flannel")) as astray,
+        closing(manager("flannel", "secret-flannel", "/elsewhere")) as astray,
         pytest.raises(StoreUnavailable, match="permission denied"),
     ):
         astray.stored(OWN_IP)
@@ -609,7 +608,7 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> TlsFiles:
 
 
 def test_tls(tmp_path: Path, tls: TlsFiles) -> None:
-    pair = {"certfile": str(tls.client_cert), "keyfile": str(tls.client_key)}
+    pair: dict[str, Any] = {"certfile": str(tls.client_cert), "keyfile": str(tls.client_key)}
     with EtcdServer(tmp_path / "data", tls=tls) as server:
         bare = server.endpoint.removeprefix("https://")
         for endpoint in (server.endpoint, bare):
@@ -617,15 +616,17 @@ def test_tls(tmp_path: Path, tls: TlsFiles) -> None:
                 lease = manager.acquire(CONF, OWN, None)
                 with Watching(manager) as watching:
                     assert set(watching.leases) == {lease.key}
-        refused: list[tuple[str, dict[str, str]]] = [
+        refused: list[tuple[str, dict[str, Any]]] = [
             (server.endpoint, {"cafile": str(tls.ca)}),
             (server.endpoint, {"cafile": str(tls.ca.with_name("other.pem")), **pair}),
             (f"http://{bare}", {"cafile": str(tls.ca), **pair}),
         ]
         for endpoint, files in refused:
-            with closing(EtcdManager([endpoint], "/tls", **files)) as manager:  # type: ignore[arg-type] # mypy takes the rest of the arguments for strings too
-                with pytest.raises(StoreUnavailable):
-                    manager.stored(OWN_IP)
+            with (
+                closing(EtcdManager([endpoint], "/tls", **files)) as manager,
+                pytest.raises(StoreUnavailable, match="does not answer"),
+            ):
+                manager.stored(OWN_IP)
 
 
 def test_a_ca_alone_is_used(tmp_path: Path, tls: TlsFiles) -> None:
@@ -649,9 +650,9 @@ def test_a_ca_alone_is_used(tmp_path: Path, tls: TlsFiles) -> None:
     ],
 )
 def test_tls_files_that_cannot_be_right(tls: TlsFiles, files: dict[str, str], said: str) -> None:
-    paths = {name: str(tls.ca.with_name(file)) for name, file in files.items()}
+    paths: dict[str, Any] = {name: str(tls.ca.with_name(file)) for name, file in files.items()}
     with pytest.raises(ConfigError, match=said):
-        EtcdManager(["https://127.0.0.1:2379"], "/tls", **paths)  # type: ignore[arg-type] # as above
+        EtcdManager(["https://127.0.0.1:2379"], "/tls", **paths)
 
 
 @pytest.mark.parametrize(

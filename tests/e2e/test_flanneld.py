@@ -52,6 +52,13 @@ def batch(node: Node, tool: str, *lines: str) -> None:
         node.lab.run(node.netns, tool, *line.split())
 
 
+def while_stopped(node: Node, *lines: str) -> None:
+    """Run lines of `ip` while the daemon cannot answer to the first before the last is done."""
+    os.kill(node.daemon.popen.pid, signal.SIGSTOP)
+    batch(node, "ip", *lines)
+    os.kill(node.daemon.popen.pid, signal.SIGCONT)
+
+
 DAMAGE: dict[str, Callable[[Node], None]] = {
     "device deleted": lambda node: batch(node, "ip", "link del flannel.1"),
     "device down": lambda node: batch(node, "ip", "link set flannel.1 down"),
@@ -65,9 +72,8 @@ DAMAGE: dict[str, Callable[[Node], None]] = {
         "bridge",
         *(f"fdb del {line.split()[0]} dev flannel.1 dst {line.split()[2]}" for line in overlay(node)["fdb"]),
     ),
-    "wrong VNI": lambda node: batch(
+    "wrong VNI": lambda node: while_stopped(
         node,
-        "ip",
         "link del flannel.1",
         "link add flannel.1 type vxlan id 7 dev eth0 dstport 8472 nolearning",
     ),
@@ -125,7 +131,7 @@ def steady_ping(cluster: Cluster) -> Callable[[], tuple[int, int]]:
     lab = cluster.lab
     near = cluster.nodes[0].add_pod("near", PLUGINS)
     far = cluster.nodes[1].add_pod("far", PLUGINS)
-    process = lab.spawn(near.netns, "ping", ["ping", "-n", "-i", "0.02", str(far.endpoint.address.ip)])
+    process = lab.spawn(near.netns, "ping", ["ping", "-n", "-i", "0.02", far.endpoint.address])
     process.wait_text("icmp_seq=3 ")
 
     def finish() -> tuple[int, int]:
@@ -351,7 +357,7 @@ def run(lab: Lab, *argv: str) -> Process:
 def state_of_node1(lab: Lab) -> list[str]:
     """Links, addresses, routes and firewall of node1."""
     netns = lab.netns("node1")
-    words = ("ip -o link", "ip -o addr", "ip route", "iptables-save", "nft list ruleset")
+    words = ("ip -o link", "ip -4 -o addr", "ip route", "iptables-save", "nft list ruleset")
     lines = [line for argv in words for line in lab.run(netns, *argv.split()).splitlines()]
     return [line for line in lines if not line.startswith("#")]
 
@@ -411,7 +417,7 @@ REFUSALS: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
     """One node with a route that the host needs for itself; refused starts change nothing."""
-    with Lab(tmp_path_factory.mktemp("bare") / "lab") as lab:
+    with Lab(tmp_path_factory.mktemp("bare") / "lab", f"pfl{os.getpid()}b-") as lab:
         lab.create(1)
         lab.ip(lab.netns("node1"), "route add 10.99.7.0/24 dev lo")
         yield lab

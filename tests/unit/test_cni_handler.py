@@ -347,14 +347,11 @@ class TestExecutable:
         assert done.returncode == 1
         assert json.loads(done.stdout)["msg"].endswith("CNI_NETNS,CNI_IFNAME,CNI_PATH] missing")
 
-    def test_unreadable_stdin_is_an_io_failure(self, tmp_path: Path) -> None:
-        directory = os.open(tmp_path, os.O_RDONLY)
-        try:
-            done = run(environment("DEL"), stdin=directory)
-        finally:
-            os.close(directory)
+    def test_unreadable_stdin_is_an_io_failure(self) -> None:
+        with open(os.devnull, "wb") as only_writable:
+            done = run(environment("DEL"), stdin=only_writable.fileno())
         assert done.returncode == 1
-        assert json.loads(done.stdout) == {"code": 5, "msg": "error reading from stdin: is a directory"}
+        assert json.loads(done.stdout) == {"code": 5, "msg": "error reading from stdin: bad file descriptor"}
 
     def test_stdin_is_bounded(self) -> None:
         with open("/dev/zero", "rb") as endless:
