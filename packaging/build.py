@@ -18,11 +18,18 @@ DIST = ROOT / "dist"
 
 
 def freeze(spec: str, folder: str) -> None:
-    """Run PyInstaller on one spec file and move what it made to dist/FOLDER, replacing the old one."""
+    """Run PyInstaller on one spec file and put what it made at dist/FOLDER, in place of the old one.
+
+    Raises SystemExit with PyInstaller's own words when it fails; the old folder then stays.
+    """
     made = BUILD / "made"
     command = [sys.executable, "-m", "PyInstaller", "--noconfirm", "--log-level=WARN"]
     command += [f"--distpath={made}", f"--workpath={BUILD / spec}", str(PACKAGING / f"{spec}.spec")]
-    subprocess.run(command, check=True, cwd=ROOT)
+    done = subprocess.run(
+        command, check=False, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if done.returncode:
+        sys.exit(f"{done.stdout}error: freezing {spec}.spec failed with status {done.returncode}")
     target = DIST / folder
     shutil.rmtree(target, ignore_errors=True)
     DIST.mkdir(exist_ok=True)

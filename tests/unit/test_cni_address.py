@@ -37,7 +37,7 @@ def test_what_ipaddress_refuses_is_refused(text: str) -> None:
     except ValueError:
         expected = None
     if expected is None:
-        with pytest.raises(ValueError, match="^invalid IP address: "):
+        with pytest.raises(ValueError, match=r"^invalid IP address: "):
             parse_ip(text)
     else:
         assert format_ip(*parse_ip(text)) == _go_text(expected)
@@ -83,7 +83,7 @@ def test_networks_have_their_host_bits_cleared(
     ],
 )
 def test_what_is_no_cidr_is_refused_in_gos_words(text: str) -> None:
-    with pytest.raises(ValueError, match="^invalid CIDR address: ") as caught:
+    with pytest.raises(ValueError, match=r"^invalid CIDR address: ") as caught:
         parse_cidr(text)
     assert str(caught.value).endswith(text)
 

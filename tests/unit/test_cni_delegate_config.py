@@ -16,7 +16,9 @@ ENV_A = "FLANNEL_NETWORK=10.1.0.0/16\nFLANNEL_SUBNET=10.1.17.1/24\nFLANNEL_MTU=1
 ENV_V6 = "FLANNEL_IPV6_NETWORK=fc00::/48\nFLANNEL_IPV6_SUBNET=fc00::1/64\n"
 ONLY_V6 = f"{ENV_V6}FLANNEL_MTU=1472\nFLANNEL_IPMASQ=true\n"
 UNMASQUERADED = ENV_A.replace("true", "false")
-THREE_NETWORKS = ENV_A.replace("10.1.0.0/16", "10.1.0.0/16,192.168.0.0/16,10.1.0.0/16").replace("1472", "1450")
+THREE_NETWORKS = ENV_A.replace("10.1.0.0/16", "10.1.0.0/16,192.168.0.0/16,10.1.0.0/16").replace(
+    "1472", "1450"
+)
 
 
 def built(conf: str, env: str = ENV_A) -> str:
@@ -30,8 +32,13 @@ def conf(extra: str = "", version: str = "1.0.0") -> str:
 
 
 # Captured: standard input of the delegate under upstream flannel.
-V4_IPAM = '"ipam":{"ranges":[[{"subnet":"10.1.17.0/24"}]],"routes":[{"dst":"10.1.0.0/16"}],"type":"host-local"}'
-MINIMAL = f'{{"cniVersion":"1.0.0","ipMasq":false,{V4_IPAM},"isGateway":true,"mtu":1472,"name":"cbr0","type":"bridge"}}'
+V4_IPAM = (
+    '"ipam":{"ranges":[[{"subnet":"10.1.17.0/24"}]],"routes":[{"dst":"10.1.0.0/16"}],"type":"host-local"}'
+)
+MINIMAL = (
+    f'{{"cniVersion":"1.0.0","ipMasq":false,{V4_IPAM},'
+    '"isGateway":true,"mtu":1472,"name":"cbr0","type":"bridge"}'
+)
 EXAMPLES = {
     "minimal": (conf(), ENV_A, MINIMAL),
     "no version": (
@@ -118,7 +125,7 @@ EXAMPLES = {
     "version in the delegate alone": (
         conf('"delegate":{"cniVersion":"0.3.1"}', version=""),
         ENV_A,
-        MINIMAL.replace("1.0.0", "0.3.1"),
+        MINIMAL.replace('"1.0.0"', '"0.3.1"'),
     ),
 }
 

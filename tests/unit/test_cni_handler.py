@@ -128,9 +128,7 @@ BAD_CHARACTERS = "interface name contains / or : or whitespace characters"
         ({"CNI_IFNAME": "a\u0085"}, BAD_CHARACTERS, ""),
     ],
 )
-def test_a_bad_value_is_reported_before_missing_ones(
-    changed: dict[str, str], msg: str, details: str
-) -> None:
+def test_a_bad_value_is_reported_before_missing_ones(changed: dict[str, str], msg: str, details: str) -> None:
     for command in ("ADD", "CHECK", "DEL"):
         assert refusal(environment(command, CNI_PATH=None, **changed), stdin="x") == (4, msg, details)
 
@@ -306,11 +304,19 @@ def test_our_own_bugs_are_999_with_a_traceback_on_stderr() -> None:
     assert "Traceback" in response.stderr and 'raise KeyError("bug")' in response.stderr
 
 
-def run(env: dict[str, str], stdin: int | None = None, text: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+def run(
+    env: dict[str, str], stdin: int | None = None, text: bytes = b""
+) -> subprocess.CompletedProcess[bytes]:
     """The executable itself, in an environment as bare as a runtime's."""
-    source: dict[str, object] = {"input": text} if stdin is None else {"stdin": stdin}
-    return subprocess.run(  # type: ignore[call-overload,no-any-return]  # one of two keywords
-        [sys.executable, "-m", "cni"], env=env, capture_output=True, cwd=ROOT, timeout=30, **source
+    return subprocess.run(
+        [sys.executable, "-m", "cni"],
+        check=False,
+        env=env,
+        input=text if stdin is None else None,
+        stdin=stdin,
+        capture_output=True,
+        cwd=ROOT,
+        timeout=30,
     )
 
 
@@ -374,7 +380,9 @@ def test_the_version_is_that_of_the_project() -> None:
 
 def test_no_heavy_module_is_imported() -> None:
     """Each of these would cost a pod's start 2 to 30 ms."""
-    heavy = "dataclasses typing ipaddress enum re json socket logging argparse tempfile shutil subprocess inspect"
+    heavy = (
+        "dataclasses typing ipaddress enum re json socket logging argparse tempfile shutil subprocess inspect"
+    )
     code = f"import sys, cni.__main__; print(*set({heavy.split()!r}) & set(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {code}"],

@@ -65,7 +65,13 @@ def test_what_all_forms_can_say_survives_every_conversion(source: str, target: s
 
 FULL_CURRENT: dict[str, object] = {
     "interfaces": [
-        {"name": "cni0", "mac": "0a:00:00:00:00:01", "mtu": 1450, "socketPath": "/s", "pciID": "0000:00:1f.6"},
+        {
+            "name": "cni0",
+            "mac": "0a:00:00:00:00:01",
+            "mtu": 1450,
+            "socketPath": "/s",
+            "pciID": "0000:00:1f.6",
+        },
         INTERFACES[1],
     ],
     "ips": [
@@ -75,7 +81,15 @@ FULL_CURRENT: dict[str, object] = {
         {"address": "fd00::4/64"},
     ],
     "routes": [
-        {"dst": "0.0.0.0/0", "gw": "10.1.2.1", "mtu": 1400, "advmss": 9, "priority": 7, "table": 0, "scope": 0},
+        {
+            "dst": "0.0.0.0/0",
+            "gw": "10.1.2.1",
+            "mtu": 1400,
+            "advmss": 9,
+            "priority": 7,
+            "table": 0,
+            "scope": 0,
+        },
         {"dst": "::/0"},
     ],
 }
@@ -132,7 +146,7 @@ def test_legacy_drops_routes_of_a_family_without_address(source: str) -> None:
 
 @pytest.mark.parametrize(("source", "target"), list(itertools.product(MIDDLE + CURRENT, LEGACY)))
 def test_legacy_needs_an_address(source: str, target: str) -> None:
-    with pytest.raises(ResultError, match="^cannot convert: no valid IP addresses$"):
+    with pytest.raises(ResultError, match=r"^cannot convert: no valid IP addresses$"):
         result.convert(parsed({"interfaces": INTERFACES}, source), target)
 
 

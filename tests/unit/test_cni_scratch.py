@@ -89,7 +89,9 @@ def test_saved_lists_each_attachment_once(tmp_path: Path) -> None:
 
 def test_what_the_disk_refuses_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "c1").mkdir()
-    with pytest.raises(CniError, match=f"cannot read the scratch file {tmp_path}/c1: is a directory") as caught:
+    with pytest.raises(
+        CniError, match=f"cannot read the scratch file {tmp_path}/c1: is a directory"
+    ) as caught:
         Scratch(str(tmp_path)).load("c1", "eth0")
     assert caught.value.code == 999
     (tmp_path / "file").touch()
@@ -115,7 +117,9 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
 
 @given(
     st.lists(
-        st.tuples(st.sampled_from(["save", "remove"]), st.sampled_from("ab"), st.sampled_from(["e0", "e1", "e2"]))
+        st.tuples(
+            st.sampled_from(["save", "remove"]), st.sampled_from("ab"), st.sampled_from(["e0", "e1", "e2"])
+        )
     )
 )
 def test_the_plain_file_always_equals_one_of_the_containers_own(
