@@ -8,7 +8,7 @@ import os
 import select
 import socket
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from ipaddress import ip_address, ip_network
 from typing import NamedTuple, TypeVar
 
@@ -173,26 +173,27 @@ class NetlinkKernel:
             refused += self._send([operation])
         return refused + self._send(run)
 
-    def _indexes(self, operations: Sequence[Operation]) -> dict[str, int]:
-        """Indexes of the links that the operations speak of, those that exist."""
+    def _links_of(self, operations: Sequence[Operation]) -> dict[str, LinkInfo]:
+        """The links that the operations speak of, those that exist."""
         names = {operation.entry.link for operation in operations}
         names |= {op.entry.vxlan.underlay for op in operations if isinstance(op.entry, Link)}
-        return {link.name: link.ifindex for name in names if (link := self.link(name))}
+        return {name: link for name in names if (link := self.link(name))}
 
     def _send(self, operations: Sequence[Operation]) -> list[Refused]:
         refused: list[Refused] = []
-        indexes = self._indexes(operations)
+        links = self._links_of(operations)
         for start in range(0, len(operations), _BATCH):
-            refused += self._send_batch(operations[start : start + _BATCH], indexes)
+            refused += self._send_batch(operations[start : start + _BATCH], links)
         return refused
 
-    def _send_batch(self, operations: Sequence[Operation], indexes: netlink.Indexes) -> list[Refused]:
+    def _send_batch(self, operations: Sequence[Operation], links: Mapping[str, LinkInfo]) -> list[Refused]:
         refused: list[Refused] = []
         sent: dict[int, Operation] = {}
         bodies: list[tuple[int, int, bytes]] = []
+        indexes = {name: link.ifindex for name, link in links.items()}
         for operation in operations:
             try:
-                request = _encode(operation, indexes)
+                request = _encode(operation, indexes, links)
             except KeyError as exc:
                 if operation.verb == "put":
                     refused.append(Refused(operation, errno.ENODEV, f"no link named {exc.args[0]}"))
@@ -206,9 +207,10 @@ class NetlinkKernel:
             _padded(netlink.message(kind, flags | (netlink.NLM_F_ACK if seq == last else 0), seq, body))
             for seq, (kind, flags, body) in enumerate(bodies, self._sequence + 1)
         )
+        # Before anything can fail: no later request may take this one's answers for its own.
+        self._sequence = last
         self._socket.send(buffer)
         refused += self._collect(sent, last)
-        self._sequence = last
         return refused
 
     def _collect(self, sent: dict[int, Operation], last: int) -> list[Refused]:
@@ -229,11 +231,15 @@ class NetlinkKernel:
                     return refused
 
 
-def _encode(operation: Operation, indexes: netlink.Indexes) -> tuple[int, int, bytes]:
+def _encode(
+    operation: Operation, indexes: netlink.Indexes, links: Mapping[str, LinkInfo]
+) -> tuple[int, int, bytes]:
     entry = operation.entry
     if operation.verb == "drop":
         return netlink.drop(entry, indexes)
-    return netlink.put(entry, indexes, exists=isinstance(entry, Link) and entry.name in indexes)
+    have = links.get(entry.link) if isinstance(entry, Link) else None
+    # A device of another kind is not ours to change: asked for a new one, the kernel says EEXIST.
+    return netlink.put(entry, indexes, have if have and have.vxlan else None)
 
 
 def _padded(message: bytes) -> bytes:
@@ -290,7 +296,10 @@ def _address_in_scope(found: AddressInfo, inside: Callable[[str], bool]) -> bool
 
 
 class Change(NamedTuple):
-    """A kernel notification: `gone` tells a deletion; `entry` is None when only the link is known."""
+    """A kernel notification: `gone` tells a deletion; `entry` is None when only the link is known.
+
+    `link` is empty for a route that gave way to one on a link that is not watched.
+    """
 
     gone: bool
     link: str
@@ -367,12 +376,23 @@ class Monitor:
             text = f"{address.address}/{address.length}"
             return Change(kind == netlink.RTM_DELADDR, name, Address(name, text)) if name else None
         if kind in (netlink.RTM_NEWROUTE, netlink.RTM_DELROUTE):
-            route = netlink.read_route(body)
-            name = self._names.get(route.ifindex)
-            if name is None or route.table != netlink.RT_TABLE_MAIN or not _ours(route):
-                return None
-            return Change(kind == netlink.RTM_DELROUTE, name, as_route(route, name))
+            return self._route(message)
         return None
+
+    def _route(self, message: netlink.Message) -> Change | None:
+        route = netlink.read_route(message.body)
+        if route.table != netlink.RT_TABLE_MAIN:
+            return None
+        name = self._names.get(route.ifindex)
+        if name is None:
+            # A replaced route is told of by the new one alone: it may have taken the place of ours.
+            replaced = message.kind == netlink.RTM_NEWROUTE and message.flags & netlink.NLM_F_REPLACE
+            return Change(True, "", as_route(route, "")) if replaced else None
+        return (
+            Change(message.kind == netlink.RTM_DELROUTE, name, as_route(route, name))
+            if _ours(route)
+            else None
+        )
 
     def _link(self, kind: int, body: bytes) -> Change | None:
         if body[0] == netlink.AF_BRIDGE:

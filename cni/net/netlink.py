@@ -46,14 +46,14 @@ _VX_PROXY, _VX_RSC, _VX_L2MISS, _VX_L3MISS, _VX_PORT, _VX_LOCAL6 = 11, 12, 13, 1
 _VX_ZERO_CSUM6_TX, _VX_ZERO_CSUM6_RX, _VX_GBP = 19, 20, 23
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 1, 2, 8
 _NDA_DST, _NDA_LLADDR, _NDA_IFINDEX, _NDA_MASTER = 1, 2, 8, 9
-_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC, _RTA_MULTIPATH, _RTA_TABLE = (
+_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC, _RTA_TABLE, _RTA_VIA = (
     1,
     4,
     5,
     6,
     7,
-    9,
     15,
+    18,
 )
 
 _HEADER = struct.Struct("=IHHII")
@@ -76,11 +76,11 @@ class Message(NamedTuple):
 
 
 def messages(buffer: bytes) -> Iterator[Message]:
-    """Split what one `recv` gave."""
+    """Split what one `recv` gave; ends at the first message that is not there as a whole."""
     offset = 0
     while offset + _HEADER.size <= len(buffer):
         length, kind, flags, seq, _pid = _HEADER.unpack_from(buffer, offset)
-        if length < _HEADER.size:
+        if length < _HEADER.size or offset + length > len(buffer):
             return
         yield Message(kind, flags, seq, buffer[offset + _HEADER.size : offset + length])
         offset += (length + 3) & ~3
@@ -98,11 +98,14 @@ def attr(kind: int, payload: bytes) -> bytes:
 
 
 def attrs(body: bytes, offset: int = 0) -> dict[int, bytes]:
-    """Read attributes; of repeated ones the last stays. The nested and byte-order flags are cut off."""
+    """Read attributes, up to the first that is not there as a whole; of repeated ones the last stays.
+
+    The nested and byte-order flags are cut off.
+    """
     found = {}
     while offset + 4 <= len(body):
         length, kind = _ATTR.unpack_from(body, offset)
-        if length < 4:
+        if length < 4 or offset + length > len(body):
             break
         found[kind & 0x3FFF] = body[offset + 4 : offset + length]
         offset += (length + 3) & ~3
@@ -153,11 +156,14 @@ def _text(raw: bytes) -> str:
 Indexes = Mapping[str, int]
 
 
-def put(entry: Entry, indexes: Indexes, exists: bool = False) -> tuple[int, int, bytes]:
-    """Message type, flags and body that create or replace `entry`. Unknown links raise KeyError."""
+def put(entry: Entry, indexes: Indexes, have: LinkInfo | None = None) -> tuple[int, int, bytes]:
+    """Message type, flags and body that create or replace `entry`. Unknown links raise KeyError.
+
+    `have` is the VXLAN device of that name which a link is to be changed in place.
+    """
     match entry:
         case Link():
-            return _put_link(entry, indexes, exists)
+            return _put_link(entry, indexes, have)
         case Address():
             # EXCL is left out: an address that is there is what was wanted.
             return RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, _address(entry, indexes)
@@ -182,15 +188,17 @@ def drop(entry: Entry, indexes: Indexes) -> tuple[int, int, bytes]:
     raise TypeError(entry)
 
 
-def _put_link(link: Link, indexes: Indexes, exists: bool) -> tuple[int, int, bytes]:
+def _put_link(link: Link, indexes: Indexes, have: LinkInfo | None) -> tuple[int, int, bytes]:
     """Create the link, already up, in one message: if it cannot come up nothing is left behind."""
     up = IFF_UP if link.up else 0
-    index = indexes[link.name] if exists else 0
-    body = _IFINFO.pack(0, 0, index, up, IFF_UP) + attr(_IFLA_IFNAME, link.name.encode() + b"\0")
-    body += attr(_IFLA_MTU, u32(link.mtu))
-    if link.mac:
+    body = _IFINFO.pack(0, 0, have.ifindex if have else 0, up, IFF_UP)
+    body += attr(_IFLA_IFNAME, link.name.encode() + b"\0")
+    if have is None or link.mtu != have.mtu:
+        body += attr(_IFLA_MTU, u32(link.mtu))
+    # Setting a MAC, even the same one, flushes the neighbours of the device, permanent ones included.
+    if link.mac and (have is None or link.mac != have.mac):
         body += attr(_IFLA_ADDRESS, mac_bytes(link.mac))
-    if exists:
+    if have:
         # Without LINKINFO: the kernel takes no MTU together with attributes of the kind.
         return RTM_NEWLINK, 0, body
     info = attr(_INFO_KIND, b"vxlan\0") + attr(_INFO_DATA, _vxlan(link.vxlan, indexes))
@@ -344,7 +352,8 @@ def read_link(body: bytes) -> LinkInfo:
     vxlan, underlay = _read_vxlan(attrs(info.get(_INFO_DATA, b""))) if kind == "vxlan" else (None, 0)
     return LinkInfo(
         ifindex=index,
-        name=found.get(_IFLA_IFNAME, b"").rstrip(b"\0").decode(),
+        # The kernel takes nearly any bytes as a name; a link of somebody else must not stop us.
+        name=found.get(_IFLA_IFNAME, b"").rstrip(b"\0").decode("utf-8", "backslashreplace"),
         mtu=int.from_bytes(found.get(_IFLA_MTU, b""), sys.byteorder),
         mac=mac_text(found.get(_IFLA_ADDRESS, b"")),
         up=bool(flags & IFF_UP),
@@ -394,7 +403,8 @@ def read_route(body: bytes) -> RouteInfo:
     family, length, _src, _tos, table, protocol, _scope, kind, flags = _RTMSG.unpack_from(body)
     found = attrs(body, _RTMSG.size)
     zero = b"\0" * (4 if family == socket.AF_INET else 16)
-    via, source = found.get(_RTA_GATEWAY, b""), found.get(_RTA_PREFSRC, b"")
+    # An IPv4 route with an IPv6 gateway has it in VIA, behind two bytes that name the family.
+    via, source = found.get(_RTA_GATEWAY) or found.get(_RTA_VIA, b"")[2:], found.get(_RTA_PREFSRC, b"")
     return RouteInfo(
         ifindex=int.from_bytes(found.get(_RTA_OIF, b""), sys.byteorder),
         dst=f"{_text(found.get(_RTA_DST, zero))}/{length}",

@@ -118,7 +118,7 @@ class Flannel:
         if conf.prev_result is not None:
             try:
                 known = result.parse(conf.prev_result, conf.version or version.ABSENT)
-                config["prevResult"] = result.convert(known, wanted)
+                config["prevResult"] = result.with_gateways(result.convert(known, wanted))
             except result.ResultError as exc:
                 raise CniError(DECODING_FAILURE, f"could not parse prevResult: {exc}") from None
         self._delegate(request, "CHECK", config, _encode(config))

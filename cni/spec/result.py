@@ -51,6 +51,25 @@ def convert(result: gojson.Object, version: str) -> gojson.Object:
     return {"cniVersion": version, **_parse_modern(modern, target)}
 
 
+def with_gateways(result: gojson.Object) -> gojson.Object:
+    """A middle or current result whose routes name the gateway that the plugins gave them in the kernel.
+
+    That is, for a route without one, the first gateway of its family. CHECK of the bridge plugin before 1.2
+    looks for each route with just the gateway that is written, and so never finds one without.
+    """
+    gateways: dict[bool, object] = {}
+    for one in _list(result, "ips"):
+        gateway = _object(one, "ips").get("gateway")
+        if gateway:
+            gateways.setdefault(":" in str(gateway), gateway)
+    routes = []
+    for one in _list(result, "routes"):
+        route = _object(one, "routes")
+        gateway = route.get("gw") or gateways.get(":" in str(route["dst"]))
+        routes.append({**route, "gw": gateway} if gateway else route)
+    return {**result, "routes": routes} if routes else result
+
+
 def write(result: gojson.Object) -> bytes:
     """The result as the Go plugins print it: 4 spaces, no final newline, current results sorted by key."""
     return gojson.dumps(result, indent="    ", sort=result["cniVersion"] in _CURRENT).encode()

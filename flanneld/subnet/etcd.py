@@ -74,7 +74,7 @@ CALL_DEADLINE_S = 5.0
 POLL_S = 0.3  # how soon a blocked call or watch notices `stop`
 # etcd refuses clients that ping more often than every 5 s; a dead peer is noticed after the sum.
 KEEPALIVE_S = 6.0
-KEEPALIVE_TIMEOUT_S = 3.0
+KEEPALIVE_TIMEOUT_S = 4.0
 # etcd sends a progress notice every 10 min by default; a watch that is silent for two is read anew.
 SILENCE_S = 1300.0
 RACES = 20
@@ -95,6 +95,10 @@ _STALE_TOKEN = ("invalid auth token", "user name is empty", "revision of auth st
 _CHANNEL_OPTIONS = [
     ("grpc.keepalive_time_ms", int(KEEPALIVE_S * 1000)),
     ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),
+    (
+        "grpc.http2.ping_timeout_ms",
+        int(KEEPALIVE_TIMEOUT_S * 1000),
+    ),  # else 60 s, whatever the line above says
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import Cluster
+from tests.lab.cluster import Cluster
 from tests.lab.net import Lab, LabError, Process, wait_for
 from tests.lab.node import CNI_BIN, FROZEN, UPSTREAM_CNI_BIN, Node, etcdctl
 
