@@ -82,7 +82,7 @@ def select(host: Host, wanted: Wanted) -> ExternalInterface:
 class _Found:
     link: LinkInfo
     reason: str
-    address: IPAddress | None = None
+    addresses: tuple[IPAddress, ...] = ()
 
 
 _Look = Callable[[Host, Wanted], _Found]
@@ -115,7 +115,7 @@ def _by_name(flag: str, name: str) -> _Look:
             raise _NoMatch(f"{flag}={name}: no interface has this address{hint}")
         if wanted.ipv4 and wanted.ipv6:
             _same_owner(host, wanted, literal, link, flag)
-        return _Found(link, f"it has the address {flag}={name}", literal)
+        return _Found(link, f"it has the address {flag}={name}", (literal,))
 
     return look
 
@@ -139,8 +139,9 @@ def _by_regex(pattern: str) -> _Look:
             found = [a for a in _usable(host, link) if matches(str(a))]
             by_version: dict[int, IPAddress] = {a.version: a for a in reversed(found)}
             if all(by_version.get(version) for version in _versions(wanted)):
-                address = by_version[_versions(wanted)[0]]
-                return _Found(link, f"its address {address} matches --iface-regex={pattern}", address)
+                addresses = tuple(by_version[version] for version in _versions(wanted))
+                shown = " and ".join(map(str, addresses))
+                return _Found(link, f"its address {shown} matches --iface-regex={pattern}", addresses)
         for link in host.links:
             if matches(link.name):
                 return _Found(link, f"its name matches --iface-regex={pattern}")
@@ -157,8 +158,10 @@ def _by_reach(target: str) -> _Look:
         link = next((x for x in host.links if route and x.ifindex == route.ifindex), None)
         if route is None or link is None:
             raise _NoMatch(f"--iface-can-reach={target}: no route leads there")
+        # An IPv6 source may be a temporary address, which peers must not be told: it is chosen as usual.
         source = _parse(route.source)
-        return _Found(link, f"the route to --iface-can-reach={target} leaves by it", source)
+        fixed = (source,) if isinstance(source, IPv4Address) else ()
+        return _Found(link, f"the route to --iface-can-reach={target} leaves by it", fixed)
 
     return look
 
@@ -192,9 +195,7 @@ def _finish(
     public_ipv6: IPv6Address | None,
 ) -> ExternalInterface:
     link = found.link
-    usable = _usable(host, link)
-    if found.address is not None:
-        usable = [found.address, *usable]
+    usable = [*found.addresses, *_usable(host, link)]
     address = next((a for a in usable if isinstance(a, IPv4Address)), None) if wanted.ipv4 else None
     address6 = next((a for a in usable if isinstance(a, IPv6Address)), None) if wanted.ipv6 else None
     for enabled, have, version in ((wanted.ipv4, address, 4), (wanted.ipv6, address6, 6)):

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
 import struct
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from cni.errors import ConfigError
 from flanneld.log import logger
+
+# How long a name that is taken by nobody who listens is asked for again.
+_ATTEMPTS, _PAUSE_S = 10, 0.05
 
 
 def lock_subnet_file(subnet_file: Path) -> int:
@@ -48,37 +53,60 @@ def lock_devices(devices: Iterable[str]) -> list[socket.socket]:
     naming that process. A name taken by a process that is not root is no claim, and is passed over.
     """
     claims = []
-    for device in devices:
-        claim = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        name = f"\0flanneld/{device}"
-        try:
-            claim.bind(name)
-        except OSError:
-            claim.close()
-            _refuse(device, *_holder(name))
-            continue
-        claim.listen(1)
-        claims.append(claim)
+    with contextlib.ExitStack() as held:
+        for device in devices:
+            if claim := _claim(device):
+                claims.append(held.enter_context(claim))
+        held.pop_all()
     return claims
 
 
-def _refuse(device: str, pid: int, uid: int) -> None:
-    if uid != 0:
+def _claim(device: str) -> socket.socket | None:
+    """The claim, or None where somebody who may not claim has taken the name."""
+    name = f"\0flanneld/{device}"
+    for _attempt in range(_ATTEMPTS):
+        claim = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            claim.bind(name)
+            # Nobody accepts: each start that was refused leaves its connection in this queue.
+            claim.listen(socket.SOMAXCONN)
+        except OSError:
+            claim.close()
+        else:
+            return claim
+        try:
+            pid, uid = _holder(name)
+        except ConnectionRefusedError:
+            # It is about to listen, or has just gone; or it is no flanneld.
+            time.sleep(_PAUSE_S)
+            continue
+        if uid == 0:
+            raise _taken(device, pid)
         logger.warning("PID %d of user %d claims device %s without being root; ignored", pid, uid, device)
-        return
-    who = f"PID {pid}" if pid else "a process of another PID namespace"
-    raise ConfigError(
+        return None
+    logger.warning("a process that does not listen claims device %s; ignored", device)
+    return None
+
+
+def _taken(device: str, pid: int) -> ConfigError:
+    who = f"PID {pid}" if pid else "whose PID cannot be seen from here"
+    return ConfigError(
         f"another flanneld ({who}) runs device {device} in this network namespace; "
         "stop it, or give this one another Backend.VNI"
     )
 
 
 def _holder(name: str) -> tuple[int, int]:
-    """PID and user of the process that listens on an abstract socket."""
+    """PID and user of the process that listens on an abstract socket, zeros if it does not answer.
+
+    Raises ConnectionRefusedError if none listens. The PID is 0 also for one of another PID namespace.
+    """
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
         probe.settimeout(1.0)
         try:
             probe.connect(name)
+        except ConnectionRefusedError:
+            raise
         except OSError:
             return 0, 0
         raw = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)

@@ -41,8 +41,9 @@ def check_routes(
 ) -> None:
     """Raise ConfigError if a route of the host leads part of `network` somewhere else.
 
-    Not a collision: a wider route through a gateway (ours are more specific and win); what lies in our
-    own subnet (the pods' bridge); the subnet of a lease (it is ours to take over); flannel's own links.
+    Not a collision: a default route, or a wider one through gateways (ours are more specific and win);
+    what lies in our own subnet (the pods' bridge); the subnet of a lease (it is ours to take over);
+    flannel's own links.
     """
     mine = own.subnet if network.version == 4 else own.subnet6
     leased = {str(p.subnet if network.version == 4 else p.subnet6) for p in peers}
@@ -51,13 +52,15 @@ def check_routes(
         dst = ip_network(route.dst)
         if route.kind != RTN_UNICAST or not _overlap(network, dst) or name.startswith("flannel"):
             continue
-        wider = dst.prefixlen < network.prefixlen
-        if (wider and route.via) or str(dst) in leased or (mine and _within(dst, mine)):
+        # A route of several next hops names no single gateway and no link.
+        gatewayed = bool(route.via) or not name
+        wider = dst.prefixlen < network.prefixlen and (gatewayed or dst.prefixlen == 0)
+        if wider or str(dst) in leased or (mine and _within(dst, mine)):
             continue
-        where = f"via {route.via} dev {name}" if route.via else f"dev {name}"
+        where = f"{dst}{f' via {route.via}' if route.via else ''}{f' dev {name}' if name else ''}"
         raise ConfigError(
-            f"Network {network} overlaps the host's route {dst} {where}: pods of other nodes with these "
-            f"addresses would be unreachable; choose another Network, or run: ip route del {dst} {where}"
+            f"Network {network} overlaps the host's route {where}: pods of other nodes with these "
+            f"addresses would be unreachable; choose another Network, or run: ip route del {where}"
         )
 
 

@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 
 from cni.errors import KernelError, NetworkError
 from cni.net.entries import Entry, NetState, state
 from cni.net.kernel import Change
 from cni.net.plan import Kernel, Operation, Refused, plan
-from flanneld.backend.protocol import Backend, desired
+from flanneld.backend.protocol import Backend
 from flanneld.config import NetConf
 from flanneld.lease import Lease, LeaseSet, Snapshot, Update
 from flanneld.log import OncePerChange, logger
@@ -70,6 +71,7 @@ class Reconciler:
         self._own = own
         self._chores = chores
         self._programmed: dict[str, tuple[Entry, ...]] = {}
+        self._shared = False
         self._peers_known = False
         self._trouble: dict[WorkKey, OncePerChange] = {}
         self.on_peers_programmed: Callable[[], None] = lambda: None
@@ -140,9 +142,10 @@ class Reconciler:
             self._raise(self.prepare())
             return
         self.queue.add_after(NETWORK, RESYNC_S)
-        peers = {lease.key: lease for lease in self.leases.peers(self._own)}
-        self._programmed = {key: tuple(self._backend.peer(lease)) for key, lease in peers.items()}
-        self.wanted = desired(self._backend, self._own, iter(peers.values()))
+        peers = {lease.key: tuple(self._backend.peer(lease)) for lease in self.leases.peers(self._own)}
+        entries = [*self._backend.base(self._own), *chain.from_iterable(peers.values())]
+        self._programmed, self.wanted = peers, state(entries)
+        self._shared = len(self.wanted) < len(entries)
         operations = plan(self.wanted, self._kernel.snapshot(self._scope))
         self._apply(operations)
         self.on_peers_programmed()
@@ -153,6 +156,12 @@ class Reconciler:
         lease = self.leases.by_key.get(key)
         before = self._programmed.get(key, ())
         after = tuple(self._backend.peer(lease)) if lease else ()
+        mine = {entry.key for entry in before}
+        if self._shared or any(entry.key in self.wanted and entry.key not in mine for entry in after):
+            # Two leases ask for the same entry: a node took another subnet and kept its VTEP, and its old
+            # lease has not expired. Only a look at all leases tells what stays when one of them goes.
+            self.queue.add(NETWORK)
+            return
         if after:
             self._programmed[key] = after
         else:

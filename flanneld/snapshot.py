@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
 
 from cni.errors import ConfigError
 from cni.spec import gojson
 from flanneld.config import NetConf, parse_netconf
 from flanneld.iface import ExternalInterface
-from flanneld.lease import Attributes, Lease, parse_subnet_key
+from flanneld.lease import Attributes, Lease
 
 FORMAT = 1
 NAME = "state.json"
@@ -35,7 +35,7 @@ class NodeState:
 
 
 def render(state: NodeState) -> str:
-    """The file's text."""
+    """The file's text. Revisions of leases are left out: they mean something to the store alone."""
     external = state.external
     return gojson.dumps(
         {
@@ -69,7 +69,7 @@ def parse(text: str, source: str) -> NodeState:
         return NodeState(
             pid=gojson.integer(record, "pid", 0, 0, 1 << 31) or 0,
             written_s=float(str(gojson.member(record, "written") or 0)),
-            config=parse_netconf(gojson.dumps(gojson.typed(record, "config", dict, {})), source),
+            config=parse_netconf(gojson.dumps(gojson.typed(record, "config", dict, {}), sort=False), source),
             external=_read_external(external),
             own=_read_lease(gojson.typed(record, "own", dict, {})),
             peers=tuple(_read_lease(peer) for peer in gojson.typed(record, "peers", list, [])),
@@ -113,7 +113,8 @@ def _text(address: IPv4Address | IPv6Address | None) -> str:
 
 def _lease(lease: Lease) -> dict[str, object]:
     return {
-        "key": lease.key,
+        "subnet": str(lease.subnet or ""),
+        "ipv6Subnet": str(lease.subnet6 or ""),
         "expires": lease.expires_s,
         "attributes": gojson.loads(lease.attrs.encode()),
     }
@@ -122,10 +123,15 @@ def _lease(lease: Lease) -> dict[str, object]:
 def _read_lease(record: object) -> Lease:
     if not isinstance(record, dict):
         raise gojson.GoJsonError(f"a lease must be an object, found {gojson.kind(record)}")
-    subnet, subnet6 = parse_subnet_key(gojson.typed(record, "key", str, ""))
+    subnet, subnet6 = gojson.typed(record, "subnet", str, ""), gojson.typed(record, "ipv6Subnet", str, "")
     attributes = gojson.dumps(gojson.typed(record, "attributes", dict, {}), sort=False)
     expires_s = float(str(gojson.member(record, "expires") or 0))
-    return Lease(subnet, subnet6, Attributes.decode(attributes), expires_s)
+    return Lease(
+        IPv4Network(subnet) if subnet else None,
+        IPv6Network(subnet6) if subnet6 else None,
+        Attributes.decode(attributes),
+        expires_s,
+    )
 
 
 def _read_external(record: dict[str, object]) -> ExternalInterface:

@@ -54,8 +54,8 @@ def convert(result: gojson.Object, version: str) -> gojson.Object:
 def with_gateways(result: gojson.Object) -> gojson.Object:
     """A middle or current result whose routes name the gateway that the plugins gave them in the kernel.
 
-    That is, for a route without one, the first gateway of its family. CHECK of the bridge plugin before 1.2
-    looks for each route with just the gateway that is written, and so never finds one without.
+    That is, for a route without one, the first gateway of its family. CHECK of the bridge plugin 1.1.1 looks
+    for each route with just the gateway that is written, and so never finds one without.
     """
     gateways: dict[bool, object] = {}
     for one in _list(result, "ips"):

@@ -39,8 +39,11 @@ from flanneld.iface import ExternalInterface
 from flanneld.lease import Attributes, Lease
 
 OVERHEAD_BYTES = 50  # RFC 7348 section 5: outer IPv4 20, UDP 8, VXLAN 8, inner Ethernet 14
+_IPV6_OVERHEAD_BYTES = 70  # the same over IPv6, whose header has 40; upstream publishes 50 all the same
 DEFAULT_PORT = 8472  # what the Linux kernel uses when none is given; IANA's 4789 came later
 _IPV6_METRIC = 1024  # the kernel's default for IPv6 routes, shown where IPv4 shows none
+
+_ETHERNET_MIN_MTU = 68
 
 _MAC = re.compile(r"[0-9a-f]{2}(?::[0-9a-f]{2}){5}\Z")
 
@@ -51,6 +54,7 @@ class VxlanBackend:
 
     v4: Link | None
     v6: Link | None
+    mtu: int
 
     kind: ClassVar[str] = "vxlan"
 
@@ -72,7 +76,7 @@ class VxlanBackend:
                 f"{source}: Backend.DirectRouting is not available in this version yet; remove it"
             )
         mtu = outer_mtu - OVERHEAD_BYTES
-        smallest = 1280 if config.enable_ipv6 else 68
+        smallest = 1280 if config.enable_ipv6 else _ETHERNET_MIN_MTU
         if mtu < smallest:
             raise ConfigError(
                 f"{source}: an outer MTU of {outer_mtu} leaves {mtu} bytes for pods, which need at least "
@@ -80,12 +84,19 @@ class VxlanBackend:
             )
 
         def device(name: str, local: IPv4Address | IPv6Address) -> Link:
-            return Link(name, mtu, "", True, Vxlan(vni or 0, port, str(local), external.name, gbp, learning))
+            # The kernel lowers an MTU that the underlay cannot carry, and refuses to raise it again:
+            # a device that asked for more would differ from what is wanted for ever.
+            overhead = OVERHEAD_BYTES if local.version == 4 else _IPV6_OVERHEAD_BYTES
+            fitting = min(mtu, max(external.mtu - overhead, _ETHERNET_MIN_MTU))
+            return Link(
+                name, fitting, "", True, Vxlan(vni or 0, port, str(local), external.name, gbp, learning)
+            )
 
         public_ip, public_ipv6 = external.public_ip, external.public_ipv6
         return cls(
             v4=device(f"flannel.{vni}", public_ip) if config.enable_ipv4 and public_ip else None,
             v6=device(f"flannel-v6.{vni}", public_ipv6) if config.enable_ipv6 and public_ipv6 else None,
+            mtu=mtu,
         )
 
     def _links(self) -> Iterator[tuple[int, Link]]:
@@ -97,10 +108,6 @@ class VxlanBackend:
     @property
     def devices(self) -> tuple[str, ...]:
         return tuple(link.name for _, link in self._links())
-
-    @property
-    def mtu(self) -> int:
-        return next(link.mtu for _, link in self._links())
 
     def scope(self, config: NetConf) -> Scope:
         networks = tuple(str(n) for n in (config.network, config.ipv6_network) if n is not None)
@@ -155,7 +162,9 @@ def _mac(attrs: Attributes, version: int) -> str:
         mac = gojson.typed(gojson.load_object(text or "{}"), "VtepMAC", str, "").lower()
     except gojson.GoJsonError:
         return ""
-    return mac if _MAC.match(mac) and not int(mac[:2], 16) & 1 else ""
+    unicast = _MAC.match(mac) and not int(mac[:2], 16) & 1
+    # All zeros would be the device's default destination: one bad peer would get everybody's stray frames.
+    return mac if unicast and mac.strip("0:") else ""
 
 
 def _random_mac() -> str:

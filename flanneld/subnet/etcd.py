@@ -95,10 +95,8 @@ _STALE_TOKEN = ("invalid auth token", "user name is empty", "revision of auth st
 _CHANNEL_OPTIONS = [
     ("grpc.keepalive_time_ms", int(KEEPALIVE_S * 1000)),
     ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),
-    (
-        "grpc.http2.ping_timeout_ms",
-        int(KEEPALIVE_TIMEOUT_S * 1000),
-    ),  # else 60 s, whatever the line above says
+    # Else 60 s, whatever the line above says.
+    ("grpc.http2.ping_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),

@@ -83,7 +83,9 @@ class SqliteManager:
             text = self._net_config_path.read_bytes()
         except FileNotFoundError:
             source = "the built-in network configuration"
-            log.info("%s does not exist: using the default network %s", self._net_config_path, DEFAULT_NETCONF)
+            log.info(
+                "%s does not exist: using the default network %s", self._net_config_path, DEFAULT_NETCONF
+            )
         except OSError as exc:
             raise ConfigError(f"cannot read the network configuration {source}: {exc.strerror}") from exc
         return validate(parse_netconf(text, source), source)

@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
-import netaddr
+import netaddr  # type: ignore[import-untyped] # it ships no types
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -217,8 +217,8 @@ def test_out_of_subnets_names_the_remedy() -> None:
     with pytest.raises(OutOfSubnets) as error:
         allocate.choose(narrow, UPSTREAM, OWN, None, random.Random(1))
     assert str(error.value) == (
-        "no free subnet is left in 10.3.0.0/16 (SubnetLen 24 from 10.3.1.0 to 10.3.2.0, 5 leases); widen Network"
-        " or the range SubnetMin to SubnetMax, raise SubnetLen, or delete leases of nodes that are gone"
+        "no free subnet is left in 10.3.0.0/16 (SubnetLen 24 from 10.3.1.0 to 10.3.2.0, 5 leases); widen"
+        " Network or the range SubnetMin to SubnetMax, raise SubnetLen, or delete leases of nodes that are gone"
     )
 
 

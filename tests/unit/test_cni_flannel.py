@@ -551,6 +551,14 @@ class TestCheck:
             "dns": {},
         }
 
+    def test_routes_in_prev_result_name_the_gateway_that_the_kernel_has(self, node: Node) -> None:
+        node.delegate(WORKING)
+        node.call("ADD")
+        ips = [{"address": "10.1.17.2/24", "gateway": "10.1.17.1"}]
+        node.call("CHECK", prevResult={"ips": ips, "routes": [{"dst": "10.1.0.0/16"}]})
+        passed = json.loads((node.log / "CHECK").read_text())["prevResult"]
+        assert passed["routes"] == [{"dst": "10.1.0.0/16", "gw": "10.1.17.1"}]
+
     def test_errors_of_the_delegate_are_passed_on(self, node: Node) -> None:
         node.delegate(failing("CHECK", REFUSES))
         node.call("ADD")

@@ -166,6 +166,30 @@ def test_any_chain_of_conversions_ends_where_the_lossless_one_does(path: list[st
     assert plain(made) == {"cniVersion": path[-1], **FORMS[form_of(path[-1])]}
 
 
+def test_routes_without_gateway_take_the_first_one_of_their_family() -> None:
+    body = {
+        "ips": [
+            {"address": "10.1.2.3/24", "gateway": "10.1.2.1"},
+            {"address": "10.1.3.3/24", "gateway": "10.1.3.1"},
+            {"address": "fd00::3/64"},
+        ],
+        "routes": [
+            {"dst": "10.0.0.0/8"},
+            {"dst": "0.0.0.0/0", "gw": "10.1.2.9"},
+            {"dst": "fd00::/48", "mtu": 1400},
+        ],
+    }
+    assert plain(result.with_gateways(parsed(body, "1.0.0"))) == {
+        "cniVersion": "1.0.0",
+        "ips": body["ips"],
+        "routes": [
+            {"dst": "10.0.0.0/8", "gw": "10.1.2.1"},
+            {"dst": "0.0.0.0/0", "gw": "10.1.2.9"},
+            {"dst": "fd00::/48", "mtu": 1400},
+        ],
+    }
+
+
 class TestPrintedForm:
     def test_current_is_sorted_and_leaves_an_empty_dns_out(self) -> None:
         body = {"ips": [{"interface": 0, "address": "10.1.2.3/24"}], "interfaces": [INTERFACES[1]], "dns": {}}
