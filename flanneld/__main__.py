@@ -33,7 +33,7 @@ def _check_bridge_filter(config: NetConf) -> None:
             raise ConfigError(f"{path} does not exist: load the module with: modprobe br_netfilter")
 
 
-def serve(options: Options, stop: Event) -> int:
+def serve(options: Options, stop: Event, ready: Event) -> int:
     """The daemon from options to exit code; raises NetworkError when it cannot start."""
     lock = lock_subnet_file(Path(options.subnet_file))
     previous = startup.previous_lease(Path(options.subnet_file))
@@ -50,7 +50,7 @@ def serve(options: Options, stop: Event) -> int:
     own = startup.acquire(manager, backend, config, existing, previous, stop)
     peers = startup.until_available("reading leases", lambda: startup.peers(manager, own, stop), stop)
     startup.check_routes(kernel, config, own, peers)
-    daemon = Daemon(options, manager, kernel, config, external, backend, own, stop)
+    daemon = Daemon(options, manager, kernel, config, external, backend, own, stop, ready)
     daemon.prepare(startup.new_devices(backend, existing))
     try:
         return daemon.run()
@@ -58,6 +58,21 @@ def serve(options: Options, stop: Event) -> int:
         for claim in claims:
             claim.close()
         os.close(lock)
+
+
+def serve_with_probes(options: Options, stop: Event) -> int:
+    """`serve`, with the health server beside it if one is asked for."""
+    ready = Event()
+    if options.healthz_port <= 0:
+        return serve(options, stop, ready)
+    # Imported only now: most of its weight is the standard library's HTTP server.
+    from flanneld.health import HealthServer
+
+    server = HealthServer(options.healthz_ip, options.healthz_port, ready)
+    try:
+        return serve(options, stop, ready)
+    finally:
+        server.close()
 
 
 def run(argv: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -93,7 +108,7 @@ def run(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         if refusal := flags.not_yet(options):
             raise ConfigError(refusal)
         logger.info("Starting flanneld %s: %s", __version__, options.redacted())
-        return serve(options, stop)
+        return serve_with_probes(options, stop)
     except startup.Stopped:
         logger.info("Exiting cleanly...")
         return 0

@@ -50,6 +50,7 @@ class Daemon:
         backend: Backend,
         own: Lease,
         stop: Event,
+        ready: Event,
     ) -> None:
         self.options = options
         self.manager = manager
@@ -58,13 +59,13 @@ class Daemon:
         self.backend = backend
         self.own = own
         self.stop = stop
+        self.ready = ready
         self.exit_code = 0
         self._renew_now = Event()
         self._firewall, other = _firewalls(config)
         self._other_firewall = other
         self._rules = render(_firewall_spec(options, config, own, self._firewall))
         self._envfile = envfile.render(config, own, backend.mtu, options.ip_masq)
-        self._announced = False
         chores = {FIREWALL: self._check_firewall, FILES: self._write_files}
         self.reconciler = Reconciler(kernel, backend, config, own, MonotonicClock(), chores)
         self.reconciler.on_peers_programmed = self._peers_programmed
@@ -214,8 +215,8 @@ class Daemon:
             raise ConfigError(f"cannot write the node's state to {exc.filename}: {exc.strerror}") from exc
 
     def _peers_programmed(self) -> None:
-        if not self._announced:
-            self._announced = True
+        if not self.ready.is_set():
+            self.ready.set()
             count = sum(1 for _ in self.reconciler.leases.peers(self.own))
             logger.info("flannel is ready: subnet %s, %d peers programmed", self.own.key, count)
 

@@ -124,6 +124,8 @@ def _read_lease(record: object) -> Lease:
     if not isinstance(record, dict):
         raise gojson.GoJsonError(f"a lease must be an object, found {gojson.kind(record)}")
     subnet, subnet6 = gojson.typed(record, "subnet", str, ""), gojson.typed(record, "ipv6Subnet", str, "")
+    if not (subnet or subnet6):
+        raise gojson.GoJsonError("a lease names neither subnet nor ipv6Subnet")
     attributes = gojson.dumps(gojson.typed(record, "attributes", dict, {}), sort=False)
     expires_s = float(str(gojson.member(record, "expires") or 0))
     return Lease(

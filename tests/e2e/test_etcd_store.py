@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import socket
 import subprocess
 import threading
@@ -365,6 +366,15 @@ def test_a_compacted_history_gives_a_snapshot_and_goes_on(keys: Keys) -> None:
     assert [change.key for change in live] == ["10.3.7.0-24"]
 
 
+def test_a_watch_silent_for_too_long_is_read_anew(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(etcd, "SILENCE_S", 0.2)
+    with Watching(keys.manager()) as watching:
+        wait_for(lambda: watching.snapshots == 2)
+        keys.create("subnets/10.3.6.0-24", PEER)
+        watching.wait_until(lambda now: "10.3.6.0-24" in now)
+        assert watching.error is None
+
+
 def test_kill_and_restart(own_keys: Keys) -> None:
     keys = own_keys
     manager = keys.manager()
@@ -668,6 +678,24 @@ def test_endpoints_that_cannot_be_right(endpoint: str) -> None:
         EtcdManager([endpoint], "/p")
     with pytest.raises(ConfigError, match="--etcd-endpoints"):
         EtcdManager([], "/p")
+
+
+def test_a_server_inside_a_namespace(tmp_path: Path) -> None:
+    """The helper's own promise: its etcd listens in there, and not here."""
+    name = f"pfl{os.getpid()}-etcd"
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    try:
+        subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True)
+        with EtcdServer(tmp_path / "data", netns=name) as inside:
+            inside.etcdctl("put", "key", "value")
+            assert inside.etcdctl("get", "key", "--print-value-only") == "value\n"
+            with (
+                closing(EtcdManager([inside.endpoint], "/p")) as outside,
+                pytest.raises(StoreUnavailable, match="does not answer"),
+            ):
+                outside.stored(OWN_IP)
+    finally:
+        subprocess.run(["ip", "netns", "delete", name], check=True)
 
 
 def test_a_lease_taken_over_by_upstream_is_lost(keys: Keys) -> None:

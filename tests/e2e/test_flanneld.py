@@ -558,3 +558,28 @@ def test_programs_run_without_any_python_on_the_path(lab_of: Callable[[int], Lab
     state = f"--state-dir={tmp_path / 'state'}"
     wait_for((tmp_path / "state" / "state.json").exists, 5.0, "the node's state")
     assert "192.168.77.11" in lab.run(lab.netns("node1"), *bare_environment, ctl, "get", "leases", state)
+
+
+def probe(node: Node, path: str) -> str:
+    """Status code and body that the health server of a node gives."""
+    return node.lab.run(node.netns, "curl", "-s", "-w", " %{http_code}", f"http://127.0.0.1:8081{path}")
+
+
+def test_probes_tell_running_from_ready(cluster_of: Clusters) -> None:
+    cluster = cluster_of(1, "etcd")
+    node = cluster.nodes[0]
+    etcd = cluster.lab._processes[0]
+    os.kill(etcd.popen.pid, signal.SIGSTOP)
+    node.start(FROZEN, cluster.store, "--healthz-port=8081")
+    node.daemon.wait_text("Waiting for the store")
+    assert probe(node, "/healthz") == "flanneld is running 200"
+    assert probe(node, "/readyz") == "flanneld is not ready yet 503"
+    os.kill(etcd.popen.pid, signal.SIGCONT)
+    wait_for(lambda: probe(node, "/readyz") == "flanneld is ready 200", 10.0, "readiness", node.log)
+    assert probe(node, "/nothing").endswith("404")
+
+
+def test_port_of_the_probes_in_use(bare: Lab, tmp_path: Path) -> None:
+    process = run(bare, *FROZEN, *own_flags(tmp_path), "--healthz-ip=192.0.2.1", "--healthz-port=8081")
+    assert process.popen.returncode == 1
+    assert "--healthz-ip=192.0.2.1" in last_error(process)

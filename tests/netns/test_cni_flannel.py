@@ -255,7 +255,7 @@ def test_gc_releases_what_is_not_valid(node: Node) -> None:
     node.execute([f"{GO_PLUGINS}/bridge"], "ADD", attachment("c3", gone), upstream)
     node.forget(gone)
     assert len(node.reservations()) == 4
-    valid = {"cni.dev/valid-attachments": [{"containerID": "c1", "ifname": "eth0"}]}
+    valid: dict[str, Any] = {"cni.dev/valid-attachments": [{"containerID": "c1", "ifname": "eth0"}]}
     assert node.call("GC", "c9", None, version="1.1.0", **valid) is None
     assert node.reservations() == {"10.1.17.2": "c1\r\neth0"}
     assert list(node.scratch()) == ["c1", "c1@eth0"]

@@ -218,7 +218,8 @@ def test_out_of_subnets_names_the_remedy() -> None:
         allocate.choose(narrow, UPSTREAM, OWN, None, random.Random(1))
     assert str(error.value) == (
         "no free subnet is left in 10.3.0.0/16 (SubnetLen 24 from 10.3.1.0 to 10.3.2.0, 5 leases); widen"
-        " Network or the range SubnetMin to SubnetMax, raise SubnetLen, or delete leases of nodes that are gone"
+        " Network or the range SubnetMin to SubnetMax, raise SubnetLen,"
+        " or delete leases of nodes that are gone"
     )
 
 
