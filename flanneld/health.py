@@ -1,8 +1,7 @@
 """Probes for a supervisor: /healthz says that the process runs, /readyz that the node's network is in order.
 
 Texts, codes and paths are upstream's. It answers from the start on, also while the daemon waits for its
-store:
-upstream's server comes up late, and a liveness probe then restarts a node that only waits.
+store; upstream's server comes up late, and a liveness probe then restarts a node that only waits.
 """
 
 from __future__ import annotations

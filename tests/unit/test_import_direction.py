@@ -87,7 +87,7 @@ def imports(tree: ast.AST, module: str, is_package: bool) -> Iterator[str]:
         ):
             argument = node.args[0] if node.args else None
             # A name that is computed could be anything, so it counts as a violation of its own.
-            yield argument.value if isinstance(argument, ast.Constant) else "<computed>"
+            yield str(argument.value) if isinstance(argument, ast.Constant) else "<computed>"
 
 
 def resolve(target: str, modules: frozenset[str]) -> str:
