@@ -1,5 +1,7 @@
 """What PyInstaller freezes as `flannel`."""
 
+import sys
+
 from cni.__main__ import main
 
-main()
+sys.exit(main())

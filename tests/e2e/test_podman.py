@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.netns.cni_fixtures import (
+    FROZEN_PLUGIN,
     GO_PLUGINS,
     ROOT,
     Namespace,
@@ -97,7 +98,9 @@ def write_configuration(node: Node) -> None:
 
 
 @pytest.fixture
-def podman(tmp_path: Path) -> Iterator[Podman]:
+def podman(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Podman]:
+    assert FROZEN_PLUGIN.exists(), "run `make build` first"
+    monkeypatch.setenv("PFL_CNI_PLUGIN", str(FROZEN_PLUGIN))
     with new_node(tmp_path) as node:
         write_configuration(node)
         holder = subprocess.Popen(

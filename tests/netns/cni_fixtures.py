@@ -24,6 +24,8 @@ SUBNET_ENV = (
 )
 DUAL_STACK = f"FLANNEL_IPV6_NETWORK=fd00:1::/48\nFLANNEL_IPV6_SUBNET=fd00:1:0:17::1/64\n{SUBNET_ENV}"
 
+FROZEN_PLUGIN = ROOT / "dist" / "cni-bin" / "flannel"
+
 _COUNTER = itertools.count()
 
 

@@ -17,6 +17,7 @@ import pytest
 from cni.spec.version import SUPPORTED
 from tests.netns.cni_fixtures import (
     DUAL_STACK,
+    FROZEN_PLUGIN,
     GO_PLUGINS,
     Namespace,
     Node,
@@ -28,6 +29,14 @@ from tests.netns.cni_fixtures import (
 )
 
 WITH_CHECK = ("0.4.0", "1.0.0", "1.1.0")
+
+
+@pytest.fixture(autouse=True, params=["source", "frozen"])
+def plugin(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run each test with the plugin as written, and as shipped."""
+    if request.param == "frozen":
+        assert FROZEN_PLUGIN.exists(), "run `make build` first"
+        monkeypatch.setenv("PFL_CNI_PLUGIN", str(FROZEN_PLUGIN))
 
 
 @pytest.fixture

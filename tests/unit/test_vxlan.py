@@ -107,7 +107,7 @@ def test_configuration_makes_the_device(keys: str, name: str, vxlan: Vxlan, mtu:
         ('"VNI": 16777216', ("VNI", "16777216", "16777215")),
         ('"Port": 65536', ("Port", "65536", "65535")),
         ('"Port": -1', ("Port", "-1")),
-        ('"Port": true', ("Port", "true or false")),
+        ('"Port": true', ("Port", "bool")),
         ('"MTU": "1400"', ("MTU", "1400")),
         ('"MTU": 0', ("MTU", "68")),
         ('"MTU": 117', ("MTU", "117", "67", "68")),
@@ -156,13 +156,13 @@ def test_the_source_of_outer_packets_is_the_public_ip_even_behind_nat() -> None:
 def test_two_devices_in_dual_stack_share_vni_and_port() -> None:
     found = backend('"VNI": 7, "Port": 4789', DUAL)
     assert found.devices == ("flannel.7", "flannel-v6.7")
-    entries = list(found.base(OWN_DUAL))
-    assert entries == [
+    expected: list[Entry] = [
         Link("flannel.7", 1450, OWN_MAC, True, Vxlan(7, 4789, "192.0.2.1", "eth0")),
         Address("flannel.7", "10.244.1.0/32"),
         Link("flannel-v6.7", 1430, OWN_MAC6, True, Vxlan(7, 4789, "2001:db8::1", "eth0")),
         Address("flannel-v6.7", "fd00:10:244:1::/128"),
     ]
+    assert list(found.base(OWN_DUAL)) == expected
     assert found.mtu == 1450
 
 
@@ -304,21 +304,23 @@ def test_what_is_published_is_what_the_own_device_gets(number: int, published: s
 
 
 def test_a_peer_is_a_neighbour_an_fdb_entry_and_a_route() -> None:
-    assert list(backend().peer(PEER)) == [
+    expected: list[Entry] = [
         Neighbour("flannel.1", "10.244.2.0", PEER_MAC),
         FdbEntry("flannel.1", PEER_MAC, "192.0.2.2"),
         Route("flannel.1", "10.244.2.0/24", "10.244.2.0", onlink=True),
     ]
+    assert list(backend().peer(PEER)) == expected
 
 
 def test_a_dual_stack_peer_has_them_for_each_family() -> None:
     entries = list(backend(network=DUAL).peer(PEER_DUAL))
     assert entries[:3] == list(backend().peer(PEER))
-    assert entries[3:] == [
+    expected: list[Entry] = [
         Neighbour("flannel-v6.1", "fd00:10:244:2::", PEER_MAC6),
         FdbEntry("flannel-v6.1", PEER_MAC6, "2001:db8::2"),
         Route("flannel-v6.1", "fd00:10:244:2::/64", "fd00:10:244:2::", onlink=True, metric=1024),
     ]
+    assert entries[3:] == expected
 
 
 def test_a_dual_stack_peer_of_an_ipv4_node_has_ipv4_alone() -> None:
