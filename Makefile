@@ -21,8 +21,8 @@ packaging/apt.done: packaging/debian-packages.txt
 $(VENV)/.done: packaging/apt.done requirements.txt requirements-build.txt
 	@echo "==> virtual environment $(VENV): pinned Python packages, checked by hash"
 	@$(PYTHON) -m venv --clear $(VENV)
-	@$(PY) -m pip install -q --disable-pip-version-check --require-hashes -r requirements-build.txt
-	@$(PY) -m pip install -q --disable-pip-version-check --require-hashes --no-build-isolation -r requirements.txt
+	@$(PY) -m pip install -qq --disable-pip-version-check --require-hashes -r requirements-build.txt
+	@$(PY) -m pip install -qq --disable-pip-version-check --require-hashes --no-build-isolation -r requirements.txt
 	@touch $@
 
 build: dist/.done ## freeze the programs into dist/cni-bin and dist/bin

@@ -99,7 +99,7 @@ _CHANNEL_OPTIONS = [
     ("grpc.http2.ping_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", int(CALL_DEADLINE_S * 1000)),  # in fact how long one attempt may take
     ("grpc.max_reconnect_backoff_ms", 2000),
     ("grpc.max_receive_message_length", -1),  # all leases come in one answer
     ("grpc.enable_http_proxy", 0),

@@ -69,8 +69,10 @@ class EtcdServer:
         self._end(signal.SIGKILL)
 
     def pause(self) -> None:
-        """Freeze it: connections stay, nothing answers."""
+        """Freeze it: connections stay, nothing answers. Returns when its last thread has stopped."""
         os.kill(self._pid(), signal.SIGSTOP)
+        while any(state != "T" for state in self._thread_states()):
+            time.sleep(0.001)
 
     def resume(self) -> None:
         os.kill(self._pid(), signal.SIGCONT)
@@ -90,6 +92,10 @@ class EtcdServer:
         if self._process is None:
             raise RuntimeError("etcd does not run")
         return self._process.pid
+
+    def _thread_states(self) -> list[str]:
+        files = Path(f"/proc/{self._pid()}/task").glob("*/stat")
+        return [file.read_text().rpartition(")")[2].split()[0] for file in files]
 
     def _end(self, how: signal.Signals) -> None:
         if self._process is not None:

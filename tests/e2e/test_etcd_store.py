@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from cni.errors import ConfigError, LeaseLost, StoreUnavailable
+from cni.errors import ConfigError, LeaseLost, OutOfSubnets, StoreUnavailable
 from flanneld.config import NetConf, parse_netconf, validate
 from flanneld.lease import Attributes, Lease, Snapshot
 from flanneld.subnet import etcd
@@ -231,7 +231,7 @@ GARBAGE = {
     "subnets/10.3.11.0-24": "[]",
     "subnets/10.3.12.0-24": '{"PublicIP":null}',
     "subnets/10.3.13.0-24": '{"PublicIP":"300.1.1.1"}',
-    "subnets/10.3.14.0-24": '{"PublicIP":"1.1.1.1","BackendData":' + "[" * 900 + "]" * 900 + "}",
+    "subnets/10.3.14.0-24": '{"PublicIP":"1.1.1.1","BackendData":' + "[" * 400 + "]" * 400 + "}",
     "subnets/10.3.15.0-24": "not json",
     "subnets/10.3.16.0-24": '{"PublicIP":7}',
 }
@@ -272,7 +272,10 @@ def test_garbage_written_under_a_watch_removes_nobody(keys: Keys) -> None:
 def test_the_subnet_of_an_unreadable_value_is_not_given_away(keys: Keys) -> None:
     keys.put("subnets/10.3.1.0-24", "{")
     two = conf('{"Network": "10.3.0.0/16", "SubnetMin": "10.3.1.0", "SubnetMax": "10.3.2.0"}')
-    assert keys.manager().acquire(two, OWN, None).key == "10.3.2.0-24"
+    manager = keys.manager()
+    assert manager.acquire(two, OWN, None).key == "10.3.2.0-24"
+    with pytest.raises(OutOfSubnets):
+        manager.acquire(two, Attributes(IPv4Address("1.2.3.5")), None)
 
 
 def test_slashes_collapse(server: EtcdServer) -> None:

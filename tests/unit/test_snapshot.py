@@ -8,7 +8,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cni.errors import ConfigError
@@ -77,7 +77,7 @@ def configs(draw: st.DrawFn) -> NetConf:
     for name, values in (
         ("Network", subnets4().map(str)),
         ("IPv6Network", subnets6().map(str)),
-        ("SubnetLen", st.integers(0, 2**64 - 1)),
+        ("SubnetLen", st.integers(0, 128)),
         ("SubnetMin", v4.map(str)),
         ("IPv6SubnetMax", v6.map(str)),
         ("EnableIPv4", st.booleans()),
@@ -116,7 +116,6 @@ NODE = NodeState(
 )
 
 
-@settings(max_examples=200)
 @given(nodes)
 def test_what_was_written_is_read(node: NodeState) -> None:
     assert parse(render(node), "state.json") == node
@@ -165,7 +164,10 @@ def test_any_member_replaced_is_read_or_refused(value: object, data: st.DataObje
     try:
         parse(gojson.dumps(record), "state.json")
     except ConfigError as exc:
-        assert "state.json" in str(exc)
+        complaint = str(exc)
+    else:
+        complaint = "state.json"
+    assert "state.json" in complaint
 
 
 @pytest.mark.parametrize("member", ["format", "own"])
