@@ -10,6 +10,7 @@ import socket
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from ipaddress import ip_address, ip_network
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from cni.errors import KernelError
@@ -44,6 +45,18 @@ def _open(groups: int = 0) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BYTES)
     sock.bind((0, groups))
     return sock
+
+
+def _drain(sock: socket.socket) -> None:
+    """Throw away what has arrived: after an overrun the kernel delivers nothing more until that is read."""
+    while True:
+        try:
+            sock.recv(1 << 18, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError as exc:
+            if exc.errno != errno.ENOBUFS:
+                raise
 
 
 class NetlinkKernel:
@@ -150,13 +163,17 @@ class NetlinkKernel:
     def _answers(self) -> Iterator[netlink.Message]:
         """Messages that answer the last request; endless, the caller stops at what it waits for."""
         while True:
-            try:
-                data = self._socket.recv(1 << 18)
-            except OSError as exc:
-                raise KernelError(f"route netlink socket failed: {exc.strerror}") from exc
-            for message in netlink.messages(data):
+            for message in netlink.messages(self._receive()):
                 if message.seq == self._sequence:
                     yield message
+
+    def _receive(self) -> bytes:
+        try:
+            return self._socket.recv(1 << 18)
+        except OSError as exc:
+            if exc.errno == errno.ENOBUFS:
+                _drain(self._socket)
+            raise KernelError(f"route netlink socket failed: {exc.strerror}") from exc
 
     # ---- writing
 
@@ -170,7 +187,10 @@ class NetlinkKernel:
                 continue
             refused += self._send(run)
             run = []
-            refused += self._send([operation])
+            refusals = self._send([operation])
+            if operation.verb == "put" and not refusals:
+                _ignore_router_advertisements(operation.entry.name)
+            refused += refusals
         return refused + self._send(run)
 
     def _links_of(self, operations: Sequence[Operation]) -> dict[str, LinkInfo]:
@@ -216,11 +236,7 @@ class NetlinkKernel:
     def _collect(self, sent: dict[int, Operation], last: int) -> list[Refused]:
         refused: list[Refused] = []
         while True:
-            try:
-                data = self._socket.recv(1 << 18)
-            except OSError as exc:
-                raise KernelError(f"route netlink socket failed: {exc.strerror}") from exc
-            for message in netlink.messages(data):
+            for message in netlink.messages(self._receive()):
                 if message.kind != netlink.NLMSG_ERROR or message.seq not in sent:
                     continue
                 code, text = netlink.error(message)
@@ -240,6 +256,12 @@ def _encode(
     have = links.get(entry.link) if isinstance(entry, Link) else None
     # A device of another kind is not ours to change: asked for a new one, the kernel says EEXIST.
     return netlink.put(entry, indexes, have if have and have.vxlan else None)
+
+
+def _ignore_router_advertisements(link: str) -> None:
+    """As upstream after creating a device; what stands in the way (no IPv6, /proc read-only) is no matter."""
+    with contextlib.suppress(OSError):
+        Path(f"/proc/sys/net/ipv6/conf/{link}/accept_ra").write_text("0", encoding="ascii")
 
 
 def _padded(message: bytes) -> bytes:
@@ -318,20 +340,18 @@ _NEIGH = struct.Struct("=Bxxxi")
 
 
 class Monitor:
-    """Kernel notifications about some links, as `Change`s.
-
-    `overrun` is reported as an empty list: notifications were lost, so look at everything.
-    """
+    """Kernel notifications about some links, as `Change`s. Raises KernelError when a socket fails."""
 
     def __init__(self, links: frozenset[str]) -> None:
         self._wanted = links
-        self._names: dict[int, str] = {}
         self._socket = _open(sum(1 << (group - 1) for group in _GROUPS))
         self._socket.setblocking(False)
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        kernel = NetlinkKernel()
-        self._names = {link.ifindex: link.name for link in kernel.links() if link.name in links}
-        kernel.close()
+        self._kernel = NetlinkKernel()
+        self._learn_names()
+
+    def _learn_names(self) -> None:
+        self._names = {link.ifindex: link.name for link in self._kernel.links() if link.name in self._wanted}
 
     def wake(self) -> None:
         """Make a waiting `read` return None. Callable from any thread."""
@@ -339,6 +359,7 @@ class Monitor:
 
     def close(self) -> None:
         self._socket.close()
+        self._kernel.close()
         os.close(self._wake_read)
         os.close(self._wake_write)
 
@@ -354,6 +375,9 @@ class Monitor:
                 continue
             except OSError as exc:
                 if exc.errno == errno.ENOBUFS:
+                    # Among what was lost may be a link of ours that was made anew.
+                    _drain(self._socket)
+                    self._learn_names()
                     return []
                 raise KernelError(f"route netlink monitor failed: {exc.strerror}") from exc
             changes = [change for m in netlink.messages(data) if (change := self._change(m))]

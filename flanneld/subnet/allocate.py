@@ -19,7 +19,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from random import Random
 from typing import TypeVar
 
-from cni.errors import InternalError, OutOfSubnets
+from cni.errors import InternalError, LeaseLost, OutOfSubnets
 from flanneld.config import NetConf
 from flanneld.lease import Attributes, Lease
 
@@ -211,6 +211,22 @@ def taker(lease: Lease, others: Iterable[Lease]) -> Lease | None:
         if lease.subnet6 and other.subnet6 and lease.subnet6.overlaps(other.subnet6):
             return other
     return None
+
+
+def require_ours(lease: Lease, leases: Iterable[Lease], place: str) -> None:
+    """Raise LeaseLost if one of `leases`, those in force, shows that `lease` is no longer its owner's.
+
+    That is another node's lease that overlaps it, or one that the owner holds instead. `place` names
+    the store in the message.
+    """
+    public_ip = owner(lease.attrs)
+    for other in leases:
+        mine = holds(other, public_ip)
+        if (mine and other.key != lease.key) or (not mine and taker(lease, (other,))):
+            raise LeaseLost(
+                f"lease {lease.key} of {public_ip} in {place} is lost:"
+                f" {other.key} belongs to {owner_text(other)}"
+            )
 
 
 def _pick(pool: _Pool | None, free: list[N], leases: int, rng: Random) -> N | None:

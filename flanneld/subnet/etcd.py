@@ -226,7 +226,7 @@ class EtcdManager:
             return None, False
         try:
             attrs = Attributes.decode(kv.value)
-        except (ValueError, RecursionError) as exc:
+        except ValueError as exc:
             self._report(kv.key, exc)
             return Lease(subnet, subnet6, Attributes(), revision=kv.mod_revision), False
         self._reported.discard(kv.key)
@@ -252,8 +252,7 @@ class EtcdManager:
 
     def _rewrite(self, lease: Lease) -> Lease | None:
         """Write our lease over what is there now; None if that changed meanwhile. Raises LeaseLost."""
-        key, public_ip = self._path(lease), allocate.owner(lease.attrs)
-        kvs = self._client.call("range", rpc_pb2.RangeRequest(key=key.encode())).kvs
+        kvs = self._client.call("range", rpc_pb2.RangeRequest(key=self._path(lease).encode())).kvs
         others: tuple[Lease, ...] = ()
         if kvs:
             found, readable = self._lease(kvs[0])
@@ -262,12 +261,7 @@ class EtcdManager:
             revision, reserved = kvs[0].mod_revision, kvs[0].lease == 0
         else:
             others, revision, reserved = self._list().taken, 0, False
-        taker = allocate.taker(lease, (other for other in others if not allocate.holds(other, public_ip)))
-        if taker is not None:
-            raise LeaseLost(
-                f"lease {lease.key} of {public_ip} is lost: etcd key {self._path(taker)} belongs to"
-                f" {allocate.owner_text(taker)}"
-            )
+        allocate.require_ours(lease, others, f"etcd under {self._subnets}")
         return self._write(lease, revision, reserved)
 
     def _write(self, lease: Lease, revision: int, reserved: bool, drop: Sequence[Lease] = ()) -> Lease | None:

@@ -31,7 +31,7 @@ from pathlib import Path
 from random import SystemRandom
 from threading import Event
 
-from cni.errors import ConfigError, LeaseLost, StoreUnavailable
+from cni.errors import ConfigError, StoreUnavailable
 from flanneld.config import DEFAULT_NETCONF, NetConf, parse_netconf, validate
 from flanneld.lease import Attributes, Change, Lease, Snapshot, Update
 from flanneld.subnet import allocate
@@ -113,21 +113,8 @@ class SqliteManager:
 
     def renew(self, lease: Lease) -> Lease:
         """Write the lease again with a new expiration; one that is gone is made again if still free."""
-        public_ip = allocate.owner(lease.attrs)
         with self._transaction() as db:
-            leases = self._leases(db).values()
-            taker = allocate.taker(lease, (other for other in leases if not allocate.holds(other, public_ip)))
-            if taker is not None:
-                raise LeaseLost(
-                    f"lease {lease.key} of {public_ip} in {self._db_path} is lost:"
-                    f" {taker.key} belongs to {allocate.owner_text(taker)}"
-                )
-            for other in leases:
-                if allocate.holds(other, public_ip) and other.key != lease.key:
-                    raise LeaseLost(
-                        f"lease {lease.key} of {public_ip} in {self._db_path} is lost:"
-                        f" another process with this public IP took {other.key}"
-                    )
+            allocate.require_ours(lease, self._leases(db).values(), str(self._db_path))
             return self._put(db, lease)
 
     def watch(self, stop: Event) -> Iterator[Update]:

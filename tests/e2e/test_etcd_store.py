@@ -437,6 +437,9 @@ def test_a_dead_first_endpoint_is_passed_over(keys: Keys) -> None:
             lease = manager.acquire(CONF, OWN, None)
             with Watching(manager) as watching:
                 assert set(watching.leases) == {lease.key}
+                keys.create("subnets/10.3.77.0-24", PEER)
+                watching.wait_until(lambda now: "10.3.77.0-24" in now)
+                assert watching.error is None
         with (
             closing(EtcdManager([dead, dead], keys.prefix)) as hopeless,
             pytest.raises(StoreUnavailable, match=f"{dead},{dead} does not answer"),

@@ -318,6 +318,14 @@ def test_renew_of_a_lost_lease_respects_a_wider_one(manager: SubnetManager, stor
         manager.renew(first)
 
 
+def test_renew_of_a_lease_that_another_process_moved_is_refused(manager: SubnetManager, store: Store) -> None:
+    first = manager.acquire(CONF, attrs(), None)
+    moved = store.manager().acquire(conf("10.4.0.0/16"), attrs(), None)
+    with pytest.raises(LeaseLost, match=rf"{moved.key} belongs to 1\.2\.3\.4"):
+        manager.renew(first)
+    assert first.key not in store.names()
+
+
 @pytest.mark.parametrize("way", ["stop", "close"])
 def test_a_silent_watch_ends_within_a_second(store: Store, way: str) -> None:
     manager = store.manager()

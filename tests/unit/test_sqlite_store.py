@@ -203,8 +203,11 @@ def test_a_day_passes(path: Path) -> None:
         '{"Network": "10.3.0.0/22", "SubnetLen": 24, "SubnetMin": "10.3.1.0", "SubnetMax": "10.3.1.0"}'
     )
     first = manager.acquire(one, Attributes(IPv4Address("7.7.7.7")), None)
+    manager.acquire(conf('{"Network": "10.4.0.0/16"}'), Attributes(IPv4Address("8.8.8.8")), None)
     now[0] += 86400
     assert manager.acquire(one, OWN, None).key == first.key
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("SELECT public_ip FROM lease").fetchall() == [("1.2.3.4",)]  # none are left lying
 
 
 def test_ipv6_alone(manager: SqliteManager) -> None:
