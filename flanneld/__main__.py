@@ -49,7 +49,7 @@ def serve(options: Options, stop: Event, ready: Event) -> int:
     existing = startup.check_devices(kernel, backend)
     own = startup.acquire(manager, backend, config, existing, previous, stop)
     peers = startup.until_available("reading leases", lambda: startup.peers(manager, own, stop), stop)
-    startup.check_routes(kernel, config, own, peers)
+    startup.check_routes(kernel, config, external, own, peers)
     daemon = Daemon(options, manager, kernel, config, external, backend, own, stop, ready)
     daemon.prepare(startup.new_devices(backend, existing))
     try:

@@ -10,6 +10,8 @@ from cni.net.netlink import RTN_UNICAST, AddressInfo, LinkInfo, RouteInfo
 from flanneld.iface import ExternalInterface
 from flanneld.lease import Lease
 
+DEFAULT_BRIDGE = "cni0"  # what the CNI plugin `bridge` makes unless it is told otherwise
+
 Network = IPv4Network | IPv6Network
 
 
@@ -38,12 +40,14 @@ def check_routes(
     peers: Iterable[Lease],
     routes: Iterable[RouteInfo],
     names: Mapping[int, str],
+    external: str,
 ) -> None:
     """Raise ConfigError if a route of the host leads part of `network` somewhere else.
 
     Not a collision: a default route, or a wider one through gateways (ours are more specific and win);
     what lies in our own subnet (the pods' bridge); the subnet of a lease (it is ours to take over);
-    flannel's own links.
+    flannel's own links; the pods' bridge with the subnet of an earlier lease; and a subnet as long as
+    ours through a gateway on the external interface, as flannel's host-gw backend leaves it behind.
     """
     mine = own.subnet if network.version == 4 else own.subnet6
     leased = {str(p.subnet if network.version == 4 else p.subnet6) for p in peers}
@@ -55,7 +59,9 @@ def check_routes(
         # A route of several next hops names no single gateway and no link.
         gatewayed = bool(route.via) or not name
         wider = dst.prefixlen < network.prefixlen and (gatewayed or dst.prefixlen == 0)
-        if wider or str(dst) in leased or (mine and _within(dst, mine)):
+        if wider or str(dst) in leased or (mine and _within(dst, mine)) or name == DEFAULT_BRIDGE:
+            continue
+        if route.via and name == external and mine and dst.prefixlen == mine.prefixlen:
             continue
         where = f"{dst}{f' via {route.via}' if route.via else ''}{f' dev {name}' if name else ''}"
         raise ConfigError(

@@ -126,13 +126,15 @@ def check_underlay(kernel: NetlinkKernel, config: NetConf, external: ExternalInt
             overlap.check_underlay(network, external, links, addresses)
 
 
-def check_routes(kernel: NetlinkKernel, config: NetConf, own: Lease, peers: list[Lease]) -> None:
+def check_routes(
+    kernel: NetlinkKernel, config: NetConf, external: ExternalInterface, own: Lease, peers: list[Lease]
+) -> None:
     """Raise ConfigError if a route of the host leads part of the cluster's network elsewhere."""
     names = {link.ifindex: link.name for link in kernel.links()}
     for network, family in ((config.network, socket.AF_INET), (config.ipv6_network, socket.AF_INET6)):
         if network is not None:
             routes: list[RouteInfo] = kernel.routes(family)
-            overlap.check_routes(network, own, peers, routes, names)
+            overlap.check_routes(network, own, peers, routes, names, external.name)
 
 
 def check_devices(kernel: NetlinkKernel, backend: Backend) -> NetState:

@@ -79,7 +79,7 @@ class NetlinkKernel:
 
     def links(self) -> list[LinkInfo]:
         """Every link, in index order as the kernel lists them."""
-        return self._dump(netlink.get_links(), netlink.RTM_NEWLINK, netlink.read_link)
+        return self.dump(netlink.get_links(), netlink.RTM_NEWLINK, netlink.read_link)
 
     def link(self, name: str) -> LinkInfo | None:
         """The link of that name, None if there is none."""
@@ -88,11 +88,11 @@ class NetlinkKernel:
 
     def addresses(self) -> list[AddressInfo]:
         """Every address of both families."""
-        return self._dump(netlink.get_addresses(), netlink.RTM_NEWADDR, netlink.read_address)
+        return self.dump(netlink.get_addresses(), netlink.RTM_NEWADDR, netlink.read_address)
 
     def routes(self, family: int, index: int = 0) -> list[RouteInfo]:
         """Routes of the main table, of one link if `index` is given."""
-        found = self._dump(netlink.get_routes(family, index), netlink.RTM_NEWROUTE, netlink.read_route)
+        found = self.dump(netlink.get_routes(family, index), netlink.RTM_NEWROUTE, netlink.read_route)
         return [r for r in found if r.table == netlink.RT_TABLE_MAIN and index in (0, r.ifindex)]
 
     def route_to(self, address: str) -> RouteInfo | None:
@@ -114,11 +114,14 @@ class NetlinkKernel:
         inside = _inside(scope.networks)
         entries: list[Entry] = [as_link(link, names) for link in ours if link.vxlan is not None]
         indexes = {link.ifindex for link in ours}
+        # Of an IPv6 device upstream takes every address for its own, of an IPv4 device only the network's.
+        wholly = {link.ifindex for link in ours if link.vxlan and ":" in link.vxlan.local}
         if indexes:
             entries += [
                 Address(names[a.ifindex], f"{a.address}/{a.length}")
                 for a in self.addresses()
-                if a.ifindex in indexes and _address_in_scope(a, inside)
+                if a.ifindex in indexes
+                and (inside(a.address) or a.ifindex in wholly and _routable(a.address))
             ]
         for link in ours:
             entries += self._tables_of(link)
@@ -134,13 +137,13 @@ class NetlinkKernel:
     def _tables_of(self, link: LinkInfo) -> Iterator[Entry]:
         for family in (socket.AF_INET, socket.AF_INET6, netlink.AF_BRIDGE):
             request = netlink.get_neighbours(family, link.ifindex)
-            for found in self._dump(request, netlink.RTM_NEWNEIGH, netlink.read_neighbour):
+            for found in self.dump(request, netlink.RTM_NEWNEIGH, netlink.read_neighbour):
                 if found.ifindex == link.ifindex and (entry := as_neighbour(found, link.name)):
                     yield entry
         for family in (socket.AF_INET, socket.AF_INET6):
             yield from (as_route(r, link.name) for r in self.routes(family, link.ifindex) if _ours(r))
 
-    def _dump(self, request: tuple[int, bytes], answer: int, read: Callable[[bytes], T]) -> list[T]:
+    def dump(self, request: tuple[int, bytes], answer: int, read: Callable[[bytes], T]) -> list[T]:
         """Read a whole table; one that changed while it was read is read again."""
         for _attempt in range(_MAX_INTERRUPTED_DUMPS):
             found: list[T] = []
@@ -159,6 +162,12 @@ class NetlinkKernel:
             if not interrupted:
                 return found
         raise KernelError(f"kernel table {request[0]} changes faster than it can be read")
+
+    def request(self, kind: int, flags: int, body: bytes) -> tuple[int, str]:
+        """Send one message and return errno (0 when it was carried out) and the kernel's own words."""
+        self._sequence += 1
+        self._socket.send(netlink.message(kind, flags | netlink.NLM_F_ACK, self._sequence, body))
+        return netlink.error(next(self._answers()))
 
     def _answers(self) -> Iterator[netlink.Message]:
         """Messages that answer the last request; endless, the caller stops at what it waits for."""
@@ -309,9 +318,8 @@ def _inside(networks: tuple[str, ...]) -> Callable[[str], bool]:
     return inside
 
 
-def _address_in_scope(found: AddressInfo, inside: Callable[[str], bool]) -> bool:
-    address = ip_address(found.address)
-    return not address.is_link_local if address.version == 6 else inside(found.address)
+def _routable(address: str) -> bool:
+    return not ip_address(address).is_link_local
 
 
 # ---- notifications

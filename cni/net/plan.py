@@ -27,8 +27,8 @@ class Scope(NamedTuple):
     """Which entries are ours to see and to drop.
 
     Every permanent neighbour, FDB entry and route on one of `links`; addresses on them that lie in
-    one of `networks` (IPv6: all but link-local ones); and routes with a gateway on `direct_link`
-    whose destination lies in one of `networks`.
+    one of `networks` (on a device with an IPv6 underlay all but link-local ones); and routes with a
+    gateway on `direct_link` whose destination lies in one of `networks`.
     """
 
     links: tuple[str, ...]

@@ -38,7 +38,7 @@ def underlay(network: IPv4Network | IPv6Network, *addresses: AddressInfo) -> Non
 
 
 def routes(network: IPv4Network | IPv6Network, *found: RouteInfo) -> None:
-    check_routes(network, OWN, PEERS, found, NAMES)
+    check_routes(network, OWN, PEERS, found, NAMES, "eth0")
 
 
 @pytest.mark.parametrize("text", ["10.244.7.1/24", "10.244.0.1/16", "10.9.9.9/8", "10.244.255.255/32"])
@@ -101,6 +101,8 @@ HARMLESS = {
     "in our own subnet": route("10.244.1.7/32", "cni0"),
     "the subnet of a lease, by another backend": route("10.244.2.0/24", "eth0", "192.0.2.2"),
     "an earlier start's": route("10.244.9.0/24", "flannel.1", "10.244.9.0"),
+    "a subnet that host-gw left behind": route("10.244.9.0/24", "eth0", "192.0.2.9"),
+    "the pods' bridge with an earlier lease": route("10.244.9.0/24", "cni0", protocol=2),
     "a blackhole": route("10.244.0.0/16", kind=6),
     "of the other family": route("fd00:10:244::/48", "eth1"),
 }
