@@ -121,7 +121,7 @@ class NetlinkKernel:
                 Address(names[a.ifindex], f"{a.address}/{a.length}")
                 for a in self.addresses()
                 if a.ifindex in indexes
-                and (inside(a.address) or a.ifindex in wholly and _routable(a.address))
+                and (inside(a.address) or (a.ifindex in wholly and _routable(a.address)))
             ]
         for link in ours:
             entries += self._tables_of(link)
