@@ -39,8 +39,10 @@ class Holder:
     """A process that holds a lock, or says why it could not take it."""
 
     def __init__(self, take: str, arguments: Sequence[str], user: int | None = None) -> None:
+        # A checkout below /root, with the virtual environment in it, is out of another user's reach.
+        python = sys.executable if user is None else "/usr/bin/python3"
         self.process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM.format(take=take), *arguments],
+            [python, "-c", PROGRAM.format(take=take), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
