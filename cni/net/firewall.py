@@ -206,6 +206,13 @@ def _run_all(steps: Iterable[Callable[[], bool]]) -> bool:
     return changed
 
 
+def run_nft(transaction: str) -> None:
+    """Carry out one `nft -f -` transaction, whole or not at all; raises KernelError or ConfigError."""
+    done = _run("nft", ["-f", "-"], "nftables", transaction)
+    if done.returncode:
+        raise _failure(done, "apply an nftables transaction")
+
+
 def _program(chain: Chain) -> str:
     return f"{chain.family.value}tables"
 

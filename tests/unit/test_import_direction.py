@@ -22,6 +22,7 @@ PURE = frozenset(
         "cni.net.fake",
         "cni.net.netlink",
         "cni.net.plan",
+        "cni.net.podlinks",
         "cni.net.ruleset",
         "cni.spec",
         "cni.spec.address",
@@ -43,6 +44,22 @@ PURE = frozenset(
         "flanneld.subnet.manager",
         "flanneld.table",
         "launcher",
+        "launcher.binding",
+        "launcher.dhcp",
+        "launcher.dhcp.options",
+        "launcher.dhcp.packet",
+        "launcher.dhcp.server",
+        "launcher.discover",
+        "launcher.domain",
+        "launcher.host",
+        "launcher.ipv6",
+        "launcher.ipv6.advert",
+        "launcher.ipv6.packet",
+        "launcher.ipv6.server",
+        "launcher.nat",
+        "launcher.resolv",
+        "launcher.settings",
+        "launcher.wire",
     }
 )
 # What opens sockets, files or processes, reads the clock or the environment, or logs.
@@ -61,8 +78,8 @@ LIBRARIES: Mapping[str, frozenset[str]] = {
     "netaddr": frozenset(),
     "etcd3": frozenset({"flanneld.subnet.etcd"}),
     "grpc": frozenset({"flanneld.subnet.etcd"}),
-    "click": frozenset({"flanneld.ctl"}),
-    "yaml": frozenset({"flanneld.ctl"}),
+    "click": frozenset({"flanneld.ctl", "launcher.__main__"}),
+    "yaml": frozenset({"flanneld.ctl", "launcher.__main__"}),
 }
 
 

@@ -1,0 +1,5 @@
+"""What PyInstaller freezes as `virt-launcher`."""
+
+from launcher.__main__ import main
+
+main()
