@@ -35,6 +35,9 @@ dist/.done: $(VENV)/.done $(SOURCES)
 demo: build ## run the whole path: three nodes, six pods (STORE=sqlite|etcd, KEEP=1 leaves it running)
 	@$(PY) -m tests.lab.demo
 
+demo-vm: build ## two virtual machines in pods, one for each binding
+	@$(PY) -m tests.lab.demo_vm
+
 demo-down: $(VENV)/.done ## remove what `make demo KEEP=1` left
 	@$(PY) -m tests.lab.demo down
 
@@ -62,4 +65,4 @@ clean: ## remove everything that was made here
 	@rm -rf build dist $(VENV) packaging/apt.done .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup build demo demo-down lint unit test bench lock clean
+.PHONY: help setup build demo demo-vm demo-down lint unit test bench lock clean
