@@ -18,7 +18,7 @@ packaging/apt.done: packaging/debian-packages.txt
 	@packaging/install-debian-packages.sh $<
 	@touch $@
 
-$(VENV)/.done: packaging/apt.done requirements.txt requirements-build.txt
+$(VENV)/.done: requirements.txt requirements-build.txt | packaging/apt.done
 	@echo "==> virtual environment $(VENV): pinned Python packages, checked by hash"
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(PY) -m pip install -qq --disable-pip-version-check --require-hashes -r requirements-build.txt
@@ -35,7 +35,13 @@ dist/.done: $(VENV)/.done $(SOURCES)
 demo: build ## run the whole path: three nodes, six pods (STORE=sqlite|etcd, KEEP=1 leaves it running)
 	@$(PY) -m tests.lab.demo
 
-demo-vm: build ## two virtual machines in pods, one for each binding
+guest-kernel: build/guest/kernel/.done ## unpack Debian's cloud kernel for the virtual machines
+
+build/guest/kernel/.done: packaging/fetch-guest-kernel.sh | packaging/apt.done
+	@packaging/fetch-guest-kernel.sh build/guest/kernel
+	@touch $@
+
+demo-vm: build guest-kernel ## two virtual machines in pods, one for each binding
 	@$(PY) -m tests.lab.demo_vm
 
 demo-down: $(VENV)/.done ## remove what `make demo KEEP=1` left
@@ -50,7 +56,7 @@ lint: $(VENV)/.done ## format, lint, types, import direction
 unit: $(VENV)/.done ## tests that need neither root nor the network
 	@$(PY) -m pytest -q tests/unit
 
-test: build lint ## everything, on real parts (needs root)
+test: build guest-kernel lint ## everything, on real parts (needs root)
 	@$(PY) -m pytest
 
 bench: build ## timings beside the real peers
@@ -65,4 +71,4 @@ clean: ## remove everything that was made here
 	@rm -rf build dist $(VENV) packaging/apt.done .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup build demo demo-vm demo-down lint unit test bench lock clean
+.PHONY: help setup build guest-kernel demo demo-vm demo-down lint unit test bench lock clean

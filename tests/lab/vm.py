@@ -34,6 +34,7 @@ from tests.lab.net import COMMAND_S, Lab, LabError, Process, program, wait_for
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BUILD = REPOSITORY / "build" / "guest"
+KERNEL = BUILD / "kernel"
 SCRIPTS = Path(__file__).with_name("guest")
 
 # A guest's DHCP client in the background, with every option that the script tells about.
@@ -110,13 +111,13 @@ def _module(path: str) -> str:
 
 
 def image(directory: Path = BUILD) -> Image:
-    """The newest cloud kernel of the system and an initramfs for it, which is built if it is not there.
+    """The cloud kernel that `make guest-kernel` unpacked and an initramfs for it, which is built if need be.
 
     The name of the initramfs holds the kernel's version and the hash of its content.
     """
     kernel = _kernel()
     version = kernel.name.removeprefix("vmlinuz-")
-    packed = archive([*_system(), *_modules(Path("/lib/modules") / version)])
+    packed = archive([*_system(), *_modules(KERNEL / "lib" / "modules" / version)])
     initrd = directory / f"initrd-{version}-{hashlib.sha256(packed).hexdigest()[:16]}"
     if not initrd.exists():
         directory.mkdir(parents=True, exist_ok=True)
@@ -127,14 +128,10 @@ def image(directory: Path = BUILD) -> Image:
 
 
 def _kernel() -> Path:
-    kernels = sorted(Path("/boot").glob("vmlinuz-*-cloud-amd64"), key=_version)
+    kernels = sorted((KERNEL / "boot").glob("vmlinuz-*"))
     if not kernels:
-        raise LabError("/boot/vmlinuz-*-cloud-amd64: no such file; install linux-image-cloud-amd64")
+        raise LabError(f"{KERNEL}/boot/vmlinuz-*: no such file; get it first: make guest-kernel")
     return kernels[-1]
-
-
-def _version(path: Path) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", path.name)]
 
 
 def _system() -> Iterator[Member]:
