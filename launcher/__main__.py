@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-import yaml
 
 from cni import __version__
 from cni.errors import ConfigError, NetworkError
 from cni.net import netns
-from launcher import domain, handover, log, resolv
+from launcher import handover, log, resolv
 from launcher.binding import MASQUERADE_NETWORK, MASQUERADE_NETWORK6
 from launcher.dhcp.server import DEFAULT_LEASE_S
 from launcher.discover import network_status, primary
@@ -164,6 +163,11 @@ def _planned(where: Where, given: dict[str, Any]) -> Pod:
 
 
 def _output(pod: Pod, xml: str, arguments: bool) -> None:
+    if not xml and not arguments:
+        return
+    # Imported only when asked for: a restarted launcher should answer its guest at once.
+    from launcher import domain
+
     guest = domain.GuestInterface(
         tap=pod.handover.names.tap,
         mac=pod.state.settings.mac or pod.handover.guest_mac,
@@ -273,6 +277,8 @@ def show(where: Where, output: str) -> None:
     if output == "json":
         click.echo(json.dumps(record, indent=2))
     elif output == "yaml":
+        import yaml
+
         click.echo(yaml.safe_dump(record, sort_keys=False), nl=False)
     else:
         width = max(map(len, record))
