@@ -124,9 +124,12 @@ def sysctls(binding: Binding, bridge: str) -> tuple[Sysctl, ...]:
         Sysctl("net/ipv4/ip_forward", "1"),
         Sysctl("net/ipv6/conf/all/forwarding", "1"),
         Sysctl(f"net/ipv4/conf/{bridge}/route_localnet", "1"),
-        # The bridge has no carrier until the machine starts, and an unproven address would not be usable.
-        Sysctl(f"net/ipv6/conf/{bridge}/accept_dad", "0"),
     )
+
+
+def dispensable(setting: Sysctl) -> bool:
+    """Whether the hand-over is of use without it: only the pod's own loopback is then not passed on."""
+    return setting.path.endswith("/route_localnet")
 
 
 def _bridge(pod: PodInterface, wishes: Wishes, names: Names, tap: Tap) -> Handover:

@@ -18,7 +18,7 @@ from cni.net.plan import Operation, plan
 from cni.net.podkernel import PodKernel, read_sysctl
 from cni.net.podlinks import Sysctl
 from launcher import nat, settings, state
-from launcher.binding import Handover, Names, Wishes, plan_handover, sysctls
+from launcher.binding import Handover, Names, Wishes, dispensable, plan_handover, sysctls
 from launcher.dhcp.server import Server
 from launcher.discover import PodInterface, discover, find
 from launcher.host import Host, Link
@@ -139,7 +139,7 @@ def apply(pod: Pod, directory: Path) -> int:
     _carry_out(pod, todo)
     if pod.nat:
         run_nft(pod.nat)
-    left = operations(pod)
+    left = [operation for operation in operations(pod) if not _dispensable(operation)]
     if left:
         raise KernelError(f"the namespace does not hold the plan: {describe(left[0])} is still to do")
     return len(todo)
@@ -180,6 +180,9 @@ def _carry_out(pod: Pod, todo: Sequence[Operation]) -> None:
         refused = kernel.apply(todo)
     finally:
         kernel.close()
+    for passed_over in (r for r in refused if _dispensable(r.operation)):
+        logger.warning("%s was refused: %s", describe(passed_over.operation), passed_over.text)
+    refused = [r for r in refused if not _dispensable(r.operation)]
     if refused:
         first = refused[0]
         more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
@@ -187,6 +190,10 @@ def _carry_out(pod: Pod, todo: Sequence[Operation]) -> None:
             f"{describe(first.operation)} was refused: {first.text}{more}; "
             "it needs CAP_NET_ADMIN, /dev/net/tun, and settings below /proc/sys that are set or can be"
         )
+
+
+def _dispensable(operation: Operation) -> bool:
+    return isinstance(operation.entry, Sysctl) and dispensable(operation.entry)
 
 
 def describe(operation: Operation) -> str:

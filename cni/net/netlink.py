@@ -36,7 +36,7 @@ NUD_PERMANENT = 0x80
 NTF_SELF = 0x02
 RT_TABLE_MAIN, RTPROT_KERNEL, RTPROT_BOOT, RTPROT_RA, RTN_UNICAST, RTNH_F_ONLINK = 254, 2, 3, 9, 1, 4
 RTPROT_UNSPEC, RT_SCOPE_UNIVERSE, RT_SCOPE_LINK, RT_SCOPE_NOWHERE = 0, 0, 253, 255
-IFA_F_TEMPORARY, IFA_F_DEPRECATED, IFA_F_PERMANENT = 0x01, 0x20, 0x80
+IFA_F_TEMPORARY, IFA_F_NODAD, IFA_F_DEPRECATED, IFA_F_PERMANENT = 0x01, 0x02, 0x20, 0x80
 
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_TXQLEN, _IFLA_LINKINFO = 1, 3, 4, 13, 18
 _IFLA_EXT_MASK, _SKIP_STATS = 29, 1 << 3
@@ -222,7 +222,9 @@ def _vxlan(vxlan: Vxlan, indexes: Indexes) -> bytes:
 def _address(entry: Address, indexes: Indexes) -> bytes:
     address, _, length = entry.address.partition("/")
     raw = _packed(address)
-    header = _IFADDR.pack(_family(address), int(length), IFA_F_PERMANENT, 0, indexes[entry.link])
+    # Nobody else can have an address that we are told to put, and one that waits for proof is of no use yet.
+    flags = IFA_F_PERMANENT | (IFA_F_NODAD if ":" in address else 0)
+    header = _IFADDR.pack(_family(address), int(length), flags, 0, indexes[entry.link])
     return header + attr(_IFA_LOCAL, raw) + attr(_IFA_ADDRESS, raw)
 
 

@@ -12,11 +12,13 @@ from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.lab.clients import Acquired, Client, Networkd, StaticRoute, dhclient, dhcpcd, plug, udhcpc
 from tests.lab.ipxe import Ipxe
 from tests.lab.machine import LAUNCHER
 from tests.lab.net import Lab, Process
+from tests.lab.node import REPOSITORY
 
 MAC = "0a:58:0a:f4:01:07"
 LEASE_S = 12
@@ -171,3 +173,53 @@ def test_ipxe_rom_gets_its_address_and_what_to_boot(pod: Pod) -> None:
     told = rom.settings(["filename", "next-server"])
     assert told == {"filename": "pxelinux.0", "next-server": "10.244.1.1"}
     rom.stop()
+
+
+MANIFEST_CAPABILITIES = ("net_admin", "net_raw", "net_bind_service", "setuid", "setgid")
+
+
+def as_in_the_manifest(*argv: str) -> list[str]:
+    """Run as the pod of packaging/vm-pod.yaml would: those capabilities alone, /proc/sys read-only."""
+    kept = ",".join(f"+{name}" for name in MANIFEST_CAPABILITIES)
+    mounts = "mount --bind /proc/sys /proc/sys && mount -o remount,bind,ro /proc/sys"
+    return [
+        *("unshare", "--mount", "sh", "-c", f'{mounts} && exec "$@"', "sh"),
+        *("setpriv", f"--bounding-set=-all,{kept}", "--inh-caps=-all", "--no-new-privs", *argv),
+    ]
+
+
+def test_manifest_names_these_capabilities() -> None:
+    pod = yaml.safe_load((REPOSITORY / "packaging" / "vm-pod.yaml").read_text())
+    launcher = next(c for c in pod["spec"]["containers"] if c["name"] == "launcher")
+    security = launcher["securityContext"]
+    assert security["capabilities"]["drop"] == ["ALL"]
+    assert [name.lower() for name in security["capabilities"]["add"]] == list(MANIFEST_CAPABILITIES)
+    (private,) = (volume for volume in pod["spec"]["volumes"] if volume["name"] == "private")
+    assert private["emptyDir"]["medium"] == "Memory"
+
+
+@pytest.mark.parametrize("binding", ["bridge", "masquerade"])
+def test_the_manifests_capabilities_are_enough(pod: Pod, binding: str) -> None:
+    if binding == "masquerade":
+        # Forwarding is the one thing that such a pod cannot switch on itself.
+        settings = ("net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
+        pod.lab.run(pod.netns, "sysctl", "-qw", *settings)
+    argv = as_in_the_manifest(
+        *LAUNCHER, f"--state-dir={pod.state}", "run", *WISHES, f"--binding={binding}", "--qemu-args"
+    )
+    server = pod.lab.spawn(pod.netns, "run", argv)
+    server.wait_text("serving")
+    assert "-netdev tap,id=net-default,ifname=tap0" in server.log.read_text()
+    pod.lab.ip(pod.netns, "link del tap0")
+    server.end()
+    plug(pod.lab, pod.netns, pod.client, "tap0", MAC)
+    pod.lab.ip(pod.netns, "link set tap0 mtu 1450 master k6t-eth0")
+    serve = as_in_the_manifest(*LAUNCHER, f"--state-dir={pod.state}", "serve")
+    pod.lab.spawn(pod.netns, "serve", serve).wait_text("serving")
+    acquired = udhcpc(pod.lab, pod.client).acquire()
+    if binding == "bridge":
+        assert acquired == EXPECTED
+    else:
+        assert acquired.address == IPv4Interface("10.0.2.2/24")
+        assert "route_localnet" in server.log.read_text()  # what was not to be had is said
+        pod.lab.run(pod.client, "ping", "-nqc1", "-w3", str(GATEWAY))
