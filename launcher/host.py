@@ -28,6 +28,7 @@ from launcher.ipv6.server import Ignored as Ignored6
 
 DHCP_SERVER, DHCP_CLIENT = 67, 68
 _ASK_EVERY_S = 1.0
+_NOTE_EVERY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,7 @@ class Host:
         self._random = random
         self._gateway_mac: bytes | None = None
         self._ask_at = now
+        self._quiet_until = now
         self._responder = Responder(router, now) if router and link.gateway6 is None else None
 
     def due(self) -> float | None:
@@ -115,13 +117,13 @@ class Host:
                 if self._link.arp and request.target == self._link.server4:
                     yield Frame(self._send.arp_reply(request))
             case wire.Udp(port=67) as datagram:
-                yield from self._answer4(datagram)
+                yield from self._answer4(datagram, now)
             case wire.Udp(port=547) as datagram:
-                yield from self._answer6(datagram)
+                yield from self._answer6(datagram, now)
             case wire.Icmp6() as message:
                 yield from self._neighbour(message, now)
 
-    def _answer4(self, datagram: wire.Udp) -> Iterator[Frame | Note]:
+    def _answer4(self, datagram: wire.Udp, now: float) -> Iterator[Frame | Note]:
         if self._dhcp is None or self._link.server4 is None or not isinstance(datagram.source, IPv4Address):
             return
         reply = self._dhcp.receive(datagram.payload, datagram.source)
@@ -137,11 +139,13 @@ class Host:
             mac, self._link.server4, reply.address, (DHCP_SERVER, DHCP_CLIENT), reply.datagram
         )
         yield Frame(data)
-        if reply.kind in (MessageType.ACK, MessageType.NAK):
+        # A guest that asks all the time must not fill the log.
+        if reply.kind in (MessageType.ACK, MessageType.NAK) and now >= self._quiet_until:
+            self._quiet_until = now + _NOTE_EVERY_S
             why = f": {reply.reason}" if reply.reason else ""
             yield Note(f"DHCP {reply.kind.name} {self._dhcp.lease.address.ip} to {reply.mac.hex(':')}{why}")
 
-    def _answer6(self, datagram: wire.Udp) -> Iterator[Frame | Note]:
+    def _answer6(self, datagram: wire.Udp, now: float) -> Iterator[Frame | Note]:
         if self._dhcp6 is None or not isinstance(datagram.source, IPv6Address):
             return
         reply = self._dhcp6.receive(datagram.payload, datagram.source, datagram.destination == ALL_SERVERS)
@@ -149,7 +153,8 @@ class Host:
             return
         ports = (SERVER_PORT, CLIENT_PORT)
         yield Frame(self._send.udp6(datagram.mac, self._local, reply.destination, ports, reply.data))
-        if reply.request is Kind.DECLINE:
+        if reply.request is Kind.DECLINE and now >= self._quiet_until:
+            self._quiet_until = now + _NOTE_EVERY_S
             yield Note("the guest declined its IPv6 address: another machine uses it", True)
 
     def _neighbour(self, message: wire.Icmp6, now: float) -> Iterator[Frame | Note]:
