@@ -18,13 +18,14 @@ from cni.errors import ConfigError, NetworkError
 from cni.net import netns
 from launcher import handover, log, resolv
 from launcher.binding import MASQUERADE_NETWORK, MASQUERADE_NETWORK6
+from launcher.dhcp.options import valid_search_domains
 from launcher.dhcp.server import DEFAULT_LEASE_S
 from launcher.discover import network_status, primary
 from launcher.handover import Pod
 from launcher.log import logger
 from launcher.nat import Port
 from launcher.serve import Sockets, Wake, drop_privileges, serve
-from launcher.settings import Settings
+from launcher.settings import MAX_USER, Settings
 
 STATE_DIR = "/var/run/kubevirt-private/network"
 QEMU_USER = 107
@@ -98,13 +99,16 @@ def plan_options(command: F) -> F:
     return command
 
 
-def _settings(given: dict[str, Any]) -> Settings:
-    """The options as settings, resolv.conf and host name filled in; raises ConfigError."""
+def _settings(given: dict[str, Any], is_primary: bool) -> Settings:
+    """The options as settings, resolv.conf and host name filled in; raises ConfigError.
+
+    `is_primary`: the interface is the pod's first one, whose tap is called tap0.
+    """
     resolver = resolv.parse(_read("/etc/resolv.conf"))
-    search = resolv.with_subdomain(given["search"] or resolver.search, given["subdomain"])
+    search = resolv.with_subdomain(given["search"] or _usable(resolver.search), given["subdomain"])
     settings = Settings(
         binding=given["binding"],
-        primary=_is_primary(given["interface"], given["network_status"]),
+        primary=is_primary,
         queues=given["queues"],
         mtu=given["mtu"],
         mac=given["mac"],
@@ -112,7 +116,7 @@ def _settings(given: dict[str, Any]) -> Settings:
         dns=given["dns"] or tuple(str(server) for server in (*resolver.ipv4, *resolver.ipv6)),
         search=search,
         ntp=given["ntp"],
-        private=dict(_private(text) for text in given["private_option"]),
+        private=_private_options(given["private_option"]),
         boot_file=given["boot_file"],
         tftp_server=given["tftp_server"],
         lease_s=given["lease_seconds"],
@@ -125,11 +129,12 @@ def _settings(given: dict[str, Any]) -> Settings:
     return settings
 
 
-def _is_primary(interface: str, status: str) -> bool:
-    """Whether the interface is the pod's first one, whose tap is called tap0."""
-    if not interface:
-        return True
-    return interface == ((primary(network_status(status)) if status else "") or "eth0")
+def _usable(search: tuple[str, ...]) -> tuple[str, ...]:
+    """What the cluster wrote into resolv.conf is no mistake of the user's: odd words are left out."""
+    good, dropped = valid_search_domains(search)
+    for name in dropped:
+        logger.warning("resolv.conf: %r is no search domain that a guest would take; left out", name)
+    return good
 
 
 def _read(path: str) -> str:
@@ -139,27 +144,49 @@ def _read(path: str) -> str:
         return ""
 
 
+def _private_options(texts: tuple[str, ...]) -> dict[int, str]:
+    found: dict[int, str] = {}
+    for code, value in map(_private, texts):
+        if code in found:
+            raise ConfigError(f"--private-option={code}={value}: option {code} is given already")
+        found[code] = value
+    return found
+
+
 def _private(text: str) -> tuple[int, str]:
     code, equals, value = text.partition("=")
-    if not equals or not code.isdigit():
+    if not equals or not code.isdecimal():
         raise ConfigError(f"--private-option={text}: write N=VALUE, N from 224 to 254")
     return int(code), value
 
 
 def _port(text: str) -> Port:
     number, _, protocol = text.partition("/")
-    if not number.isdigit() or not 1 <= int(number) <= 65535 or protocol not in ("", "tcp", "udp", "sctp"):
+    if not number.isdecimal() or not 1 <= int(number) <= 65535 or protocol not in ("", "tcp", "udp", "sctp"):
         raise ConfigError(f"--port={text}: write a port from 1 to 65535, with /tcp, /udp or /sctp if need be")
     return Port(int(number), protocol or "tcp")
 
 
 def _planned(where: Where, given: dict[str, Any]) -> Pod:
     handover.refuse_host(where.force)
-    settings = _settings(given)
+    _check_writable(given["domain_xml"])
+    # Read in any case: what the annotation says must be right, also where it is not needed.
+    named = primary(network_status(given["network_status"])) if given["network_status"] else ""
+    interface = given["interface"] or named
+    settings = _settings(given, not interface or interface == (named or "eth0"))
     known = handover.recall(where.state_dir)
     if known is None:
-        return handover.look(given["interface"], settings)
+        return handover.look(interface, settings)
+    if interface not in ("", known.state.pod.name):
+        raise ConfigError(
+            f"--state-dir={where.state_dir} belongs to {known.state.pod.name}; give {interface} another one"
+        )
     return handover.with_settings(known, settings)
+
+
+def _check_writable(xml: str) -> None:
+    if xml not in ("", "-") and not os.access(Path(xml).parent, os.W_OK):
+        raise ConfigError(f"--domain-xml={xml}: cannot write a file there")
 
 
 def _output(pod: Pod, xml: str, arguments: bool) -> None:
@@ -212,7 +239,9 @@ def _prepare(where: Where, pod: Pod) -> None:
 
 
 @cli.command(name="serve")
-@click.option("--user", type=int, default=NOBODY, show_default=True, help="Serve as this user.")
+@click.option(
+    "--user", type=click.IntRange(0, MAX_USER), default=NOBODY, show_default=True, help="Serve as this user."
+)
 @click.pass_obj
 def serve_command(where: Where, user: int) -> None:
     """Answer the machine's DHCP and router questions, in the foreground."""
@@ -238,7 +267,9 @@ def _serve(pod: Pod, user: int) -> None:
 
 @cli.command()
 @plan_options
-@click.option("--user", type=int, default=NOBODY, show_default=True, help="Serve as this user.")
+@click.option(
+    "--user", type=click.IntRange(0, MAX_USER), default=NOBODY, show_default=True, help="Serve as this user."
+)
 @click.pass_obj
 def run(where: Where, /, user: int, **given: Any) -> None:
     """Prepare, then serve."""

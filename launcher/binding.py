@@ -116,15 +116,15 @@ def plan_handover(pod: PodInterface, wishes: Wishes) -> Handover:
     return _masquerade(pod, wishes, names, tap)
 
 
-def sysctls(binding: Binding, bridge: str) -> tuple[Sysctl, ...]:
-    """The settings that a binding needs; those that name the bridge vanish with it."""
-    if binding == "bridge":
-        return ()
-    return (
-        Sysctl("net/ipv4/ip_forward", "1"),
-        Sysctl("net/ipv6/conf/all/forwarding", "1"),
-        Sysctl(f"net/ipv4/conf/{bridge}/route_localnet", "1"),
-    )
+def sysctls(binding: Binding, bridge: str, pod: PodInterface) -> tuple[Sysctl, ...]:
+    """The settings that a binding needs for the pod's families; those that name the bridge vanish with it."""
+    needed: list[Sysctl] = []
+    if binding == "masquerade" and pod.ipv4:
+        needed.append(Sysctl("net/ipv4/ip_forward", "1"))
+        needed.append(Sysctl(f"net/ipv4/conf/{bridge}/route_localnet", "1"))
+    if binding == "masquerade" and pod.ipv6:
+        needed.append(Sysctl("net/ipv6/conf/all/forwarding", "1"))
+    return tuple(needed)
 
 
 def dispensable(setting: Sysctl) -> bool:
@@ -136,7 +136,8 @@ def _bridge(pod: PodInterface, wishes: Wishes, names: Names, tap: Tap) -> Handov
     server = SERVER if pod.ipv4 else None
     mac = derived_mac(pod.mac)
     desired: list[Entry] = [
-        Bridge(names.bridge, mac, pod.mtu, up=True, arp=False),
+        # Until it is told otherwise a bridge takes the smallest MTU of its ports, which is the tap's.
+        Bridge(names.bridge, mac, tap.mtu, up=True, arp=False),
         # Not learning: the machine's own broadcasts, reflected by a hairpin port of the CNI bridge, would
         # move its MAC to the wrong port.
         Nic(pod.ifindex, names.nic, mac, up=True, master=names.bridge, learning=False),
@@ -170,10 +171,13 @@ def _masquerade(pod: PodInterface, wishes: Wishes, names: Names, tap: Tap) -> Ha
     for network in (wishes.network, wishes.network6):
         if network.prefixlen > network.max_prefixlen - 2:
             raise ConfigError(f"network {network} has no room for a gateway and a machine; use a wider one")
+        for taken in (pod.ipv4, pod.ipv6, pod.gateway(4), pod.gateway(6)):
+            if taken is not None and taken in network:
+                raise ConfigError(f"network {network} holds {taken}, which the pod uses; choose another one")
     server4 = IPv4Interface((wishes.network[1], wishes.network.prefixlen)) if pod.ipv4 else None
     server6 = IPv6Interface((wishes.network6[1], wishes.network6.prefixlen)) if pod.ipv6 else None
-    settings = sysctls("masquerade", names.bridge)
-    desired: list[Entry] = [Bridge(names.bridge, MASQUERADE_MAC, pod.mtu, up=True), tap, *settings]
+    settings = sysctls("masquerade", names.bridge, pod)
+    desired: list[Entry] = [Bridge(names.bridge, MASQUERADE_MAC, tap.mtu, up=True), tap, *settings]
     desired += [Address(names.bridge, str(server)) for server in (server4, server6) if server]
     return Handover(
         binding="masquerade",
@@ -196,7 +200,8 @@ def _untouched(pod: PodInterface) -> Iterator[Entry]:
     yield Nic(pod.ifindex, pod.name, pod.mac, up=True, master="", learning=True)
     for address in pod.addresses:
         yield Address(POD_NIC, str(address))
-    for route in pod.routes:
+    # A gateway can be named once there is a route to it: those without one come first.
+    for route in sorted(pod.routes, key=lambda route: route.via is not None):
         if not route.connected:
             via = str(route.via) if route.via else ""
             yield Route(POD_NIC, str(route.dst), via, route.onlink, route.metric)

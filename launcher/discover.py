@@ -21,6 +21,7 @@ from cni.errors import ConfigError
 from cni.net import netlink
 from cni.net.netlink import AddressInfo, RouteInfo
 from cni.net.podlinks import PodLink
+from launcher.dhcp.options import mac_address
 
 Interface = IPv4Interface | IPv6Interface
 Address = IPv4Address | IPv6Address
@@ -85,13 +86,27 @@ def find(links: Sequence[PodLink], routes: Iterable[RouteInfo], name: str) -> Po
     if name:
         for link in links:
             if link.name == name:
-                return link
+                return _suitable(link, links)
         raise ConfigError(f"--interface={name}: no such interface in this namespace; there is {candidates}")
-    index = next((r.ifindex for r in routes if r.dst in ("0.0.0.0/0", "::/0") and r.ifindex), 0)
+    defaults = (r for r in routes if r.dst in ("0.0.0.0/0", "::/0") and r.kind == netlink.RTN_UNICAST)
+    index = next((r.ifindex for r in defaults if r.ifindex), 0)
     for link in links:
         if link.ifindex == index:
-            return link
+            return _suitable(link, links)
     raise ConfigError(f"no interface has the default route; name one with --interface ({candidates})")
+
+
+def _suitable(link: PodLink, links: Sequence[PodLink]) -> PodLink:
+    try:
+        mac_address(link.mac)
+    except ValueError:
+        raise ConfigError(
+            f"{link.name} has the MAC {link.mac or '(none)'}: only an Ethernet interface can be handed over"
+        ) from None
+    if link.master:
+        master = next((other.name for other in links if other.ifindex == link.master), "another link")
+        raise ConfigError(f"{link.name} is a port of {master} already: another program handed it over")
+    return link
 
 
 def discover(link: PodLink, addresses: Iterable[AddressInfo], routes: Iterable[RouteInfo]) -> PodInterface:
@@ -144,7 +159,7 @@ def network_status(text: str) -> tuple[NetworkStatus, ...]:
             NetworkStatus(str(e.get("name", "")), str(e.get("interface", "")), e.get("default") is True)
             for e in entries
         )
-    except (ValueError, TypeError, AttributeError) as exc:
+    except (ValueError, TypeError, AttributeError, RecursionError) as exc:
         raise ConfigError(
             f"the network status {text[:60]!r} is not a JSON list such as "
             f'[{{"name": "cbr0", "interface": "eth0", "default": true}}]: {exc}'

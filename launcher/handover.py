@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from ipaddress import IPv6Address
 from pathlib import Path
@@ -16,7 +16,7 @@ from cni.net.firewall import run_nft
 from cni.net.kernel import NetlinkKernel
 from cni.net.plan import Operation, plan
 from cni.net.podkernel import PodKernel, read_sysctl
-from cni.net.podlinks import Sysctl
+from cni.net.podlinks import Foreign, Sysctl
 from launcher import nat, settings, state
 from launcher.binding import Handover, Names, Wishes, dispensable, plan_handover, sysctls
 from launcher.dhcp.server import Server
@@ -29,6 +29,7 @@ from launcher.state import Place, State
 
 # Only the initial namespace has these: whatever the node's own processes use, no pod does.
 _HOST_ONLY = Path("/proc/sys/net/core/netdev_budget")
+_MAX_PASSES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ def look(interface: str, wanted: Settings) -> Pod:
         pods.close()
     before = tuple(
         Sysctl(setting.path, value)
-        for setting in sysctls(wanted.binding, names.bridge)
+        for setting in sysctls(wanted.binding, names.bridge, pod)
         if names.bridge not in setting.path and (value := read_sysctl(setting.path)) is not None
     )
     planned = Pod(State(here(), wanted, pod, before), _plan(pod, wanted, before))
@@ -135,29 +136,30 @@ def apply(pod: Pod, directory: Path) -> int:
     The state is on disk before the first change. Raises KernelError with what the kernel refused.
     """
     state.save(directory, pod.state)
-    todo = operations(pod)
-    _carry_out(pod, todo)
+    done = _carry_out(pod, operations)
     if pod.nat:
         run_nft(pod.nat)
-    left = [operation for operation in operations(pod) if not _dispensable(operation)]
-    if left:
-        raise KernelError(f"the namespace does not hold the plan: {describe(left[0])} is still to do")
-    return len(todo)
+    return done
 
 
 def restore(pod: Pod, directory: Path) -> int:
     """Give the pod its interface back as it was found, and forget the state; returns how much was to do."""
+    done = _carry_out(pod, _way_back)
+    if pod.nat:
+        _remove_nat()
+    state.remove(directory)
+    return done
+
+
+def _way_back(pod: Pod) -> list[Operation]:
     kernel = _kernel(pod)
     try:
         todo = plan(pod.handover.undo, kernel.snapshot(pod.handover.scope))
     finally:
         kernel.close()
+    todo = [op for op in todo if not isinstance(op.entry, Foreign)]
     # The names and addresses have to be free before the interface can have them again.
-    _carry_out(pod, [op for op in todo if op.verb == "drop"] + [op for op in todo if op.verb == "put"])
-    if pod.nat:
-        _remove_nat()
-    state.remove(directory)
-    return len(todo)
+    return [op for op in todo if op.verb == "drop"] + [op for op in todo if op.verb == "put"]
 
 
 def _remove_nat() -> None:
@@ -172,7 +174,22 @@ def _kernel(pod: Pod) -> PodKernel:
     return PodKernel(pod.handover.scope.nic, pod.state.settings.owner)
 
 
-def _carry_out(pod: Pod, todo: Sequence[Operation]) -> None:
+def _carry_out(pod: Pod, remaining: Callable[[Pod], list[Operation]]) -> int:
+    """Do what remains until nothing does: a link that is put down takes IPv6 addresses with it."""
+    done = 0
+    todo = remaining(pod)
+    for _ in range(_MAX_PASSES):
+        if not todo:
+            return done
+        _once(pod, todo)
+        done += len(todo)
+        todo = [operation for operation in remaining(pod) if not _dispensable(operation)]
+    if todo:
+        raise KernelError(f"the namespace does not hold the plan: {describe(todo[0])} is still to do")
+    return done
+
+
+def _once(pod: Pod, todo: Sequence[Operation]) -> None:
     kernel = _kernel(pod)
     try:
         for operation in todo:
@@ -205,6 +222,7 @@ def describe(operation: Operation) -> str:
 
 def services(pod: Pod) -> tuple[Server | None, Server6 | None]:
     """The servers that the plan calls for. Raises ConfigError for what cannot be told to a guest."""
+    settings.check_guest_mac(pod.state.settings, pod.handover)
     lease = settings.dhcp_lease(pod.state.settings, pod.state.pod, pod.handover)
     lease6 = settings.dhcp6_lease(pod.state.settings, pod.handover)
     settings.router(pod.state.settings, pod.state.pod, pod.handover)
@@ -246,5 +264,6 @@ def with_settings(pod: Pod, wanted: Settings) -> Pod:
                 f"{pod.state.pod.name} is already handed over with {name}={getattr(have, name)}, "
                 f"not {getattr(wanted, name)}; give it back first: virt-launcher restore"
             )
-    changed = replace(pod.state, settings=wanted)
-    return Pod(changed, pod.handover)
+    changed = Pod(replace(pod.state, settings=wanted), pod.handover)
+    services(changed)
+    return changed

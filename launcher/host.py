@@ -17,8 +17,9 @@ from ipaddress import IPv4Address, IPv6Address
 from random import Random
 
 from launcher import wire
+from launcher.dhcp.options import is_unicast_mac
 from launcher.dhcp.packet import MessageType
-from launcher.dhcp.server import Delivery, Server
+from launcher.dhcp.server import BROADCAST, Delivery, Server
 from launcher.dhcp.server import Ignored as Ignored4
 from launcher.ipv6 import advert
 from launcher.ipv6.advert import Responder, RouterAdvert
@@ -109,7 +110,7 @@ class Host:
         """Take a frame that the guest sent, or one that reached the bridge; nothing in it raises."""
         parsed = wire.parse(frame)
         if not from_guest:
-            if isinstance(parsed, wire.Icmp6):
+            if isinstance(parsed, wire.Icmp6) and parsed.hop_limit == advert.HOP_LIMIT:
                 yield from self._gateway_found(parsed.message, now)
             return
         match parsed:
@@ -126,6 +127,8 @@ class Host:
     def _answer4(self, datagram: wire.Udp, now: float) -> Iterator[Frame | Note]:
         if self._dhcp is None or self._link.server4 is None or not isinstance(datagram.source, IPv4Address):
             return
+        if datagram.destination not in (self._link.server4, BROADCAST):
+            return  # on its way to another server, through our tap
         reply = self._dhcp.receive(datagram.payload, datagram.source)
         if isinstance(reply, Ignored4):
             if reply.declines and reply.declines & (reply.declines - 1) == 0:
@@ -148,6 +151,8 @@ class Host:
     def _answer6(self, datagram: wire.Udp, now: float) -> Iterator[Frame | Note]:
         if self._dhcp6 is None or not isinstance(datagram.source, IPv6Address):
             return
+        if datagram.destination not in (ALL_SERVERS, self._local):
+            return
         reply = self._dhcp6.receive(datagram.payload, datagram.source, datagram.destination == ALL_SERVERS)
         if isinstance(reply, Ignored6):
             return
@@ -165,7 +170,8 @@ class Host:
                 self._responder.receive(body, message.source, message.hop_limit, now, chance)
             return
         asked = wire.neighbour_target(body, wire.NEIGHBOUR_SOLICITATION)
-        if asked == self._local and self._gateway_mac:
+        # RFC 4861 section 7.1.1: another hop limit tells of another link.
+        if asked == self._local and self._gateway_mac and message.hop_limit == advert.HOP_LIMIT:
             to = wire.BROADCAST_MAC if message.source.is_unspecified else message.mac
             destination = advert.ALL_NODES if message.source.is_unspecified else message.source
             yield Frame(self._send.advertise(to, destination, self._local, self._gateway_mac))
@@ -173,7 +179,7 @@ class Host:
     def _gateway_found(self, body: bytes, now: float) -> Iterator[Note]:
         target = wire.neighbour_target(body, wire.NEIGHBOUR_ADVERTISEMENT)
         mac = wire.target_mac(body) if target == self._link.gateway6 else None
-        if mac is None or mac == self._gateway_mac or self._router is None:
+        if mac is None or mac == self._gateway_mac or self._router is None or not is_unicast_mac(mac):
             return
         self._gateway_mac = mac
         self._responder = Responder(replace(self._router, mac=mac.hex(":")), now)

@@ -20,6 +20,7 @@ _ETH_P_ALL = 0x0003
 _SOL_PACKET, _PACKET_IGNORE_OUTGOING = 263, 23
 _SO_ATTACH_FILTER = 26
 _PR_SET_NO_NEW_PRIVS = 38
+_CAPABILITY_VERSION_3 = 0x20080522
 _FRAME_BYTES = 65536
 _BATCH = 64
 
@@ -112,11 +113,15 @@ def drop_privileges(user: int) -> None:
             os.setgid(user)
             os.setuid(user)
         libc = ctypes.CDLL(None, use_errno=True)
-        refused = libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        # Also those of a user that was given some by its container, and of root where it stays root.
+        header, none = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0), bytes(24)
+        refused = libc.capset(header, none) or libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     except OSError as exc:
         raise KernelError(f"cannot become user {user}: {exc.strerror}") from exc
     if refused:
-        raise KernelError(f"cannot give up new privileges: {os.strerror(ctypes.get_errno())}")
+        raise KernelError(
+            f"cannot give up capabilities and new privileges: {os.strerror(ctypes.get_errno())}"
+        )
 
 
 class Wake:
@@ -155,9 +160,11 @@ def _drain(host: Host, sockets: Sockets, sock: socket.socket) -> None:
         except BlockingIOError:
             return
         except OSError as exc:
-            if exc.errno in (errno.ENETDOWN, errno.ENOBUFS):
+            # A link that is down is still bound to and comes back; one that is gone has no name any more.
+            if exc.errno in (errno.ENETDOWN, errno.ENOBUFS) and sock.getsockname()[0]:
                 return
-            raise KernelError(f"the guest's link is gone: {exc.strerror}") from exc
+            what = "guest's link" if sock is sockets.tap else "bridge"
+            raise KernelError(f"the {what} is gone: {exc.strerror}; run prepare again") from exc
         for answer in host.receive(data, time.monotonic(), from_guest=sock is sockets.tap):
             if isinstance(answer, Note):
                 (logger.warning if answer.warning else logger.info)("%s", answer.text)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from cni.errors import ConfigError
 from launcher.binding import MASQUERADE_NETWORK, MASQUERADE_NETWORK6, Binding, Handover
-from launcher.dhcp.options import ClasslessRoute, mac_address
+from launcher.dhcp.options import ClasslessRoute, mac_address, search_domain
 from launcher.dhcp.server import DEFAULT_LEASE_S, DhcpLease
 from launcher.discover import PodInterface
 from launcher.ipv6.advert import Prefix, RouterAdvert
@@ -18,6 +18,7 @@ from launcher.ipv6.server import Dhcp6Lease
 from launcher.nat import Port
 
 MAX_QUEUES = 256
+MAX_USER = 0x7FFFFFFF
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,8 @@ class Settings:
 
     def check(self) -> None:
         """Raise ConfigError naming the option, its value and the rule."""
+        if self.binding not in ("bridge", "masquerade"):
+            raise ConfigError(f"--binding={self.binding}: it must be bridge or masquerade")
         if not 1 <= self.queues <= MAX_QUEUES:
             raise ConfigError(f"--queues={self.queues}: it must be from 1 to {MAX_QUEUES}")
         if self.mac:
@@ -57,6 +60,13 @@ class Settings:
         for flag, values in (("--dns", self.dns), ("--ntp", self.ntp)):
             for value in values:
                 _address(flag, value)
+        for name in self.search:
+            try:
+                search_domain(name)
+            except ValueError as exc:
+                raise ConfigError(f"--search={name}: {exc}") from None
+        if not 0 <= self.owner <= MAX_USER:
+            raise ConfigError(f"--tap-owner={self.owner}: it must be from 0 to {MAX_USER}")
         _network("--network", self.network, 4)
         _network("--network6", self.network6, 6)
 
@@ -83,6 +93,13 @@ def networks(settings: Settings) -> tuple[IPv4Network, IPv6Network]:
 def guest_mac(settings: Settings, handover: Handover) -> str:
     """The guest's MAC: the one asked for, else the pod's."""
     return settings.mac.lower() or handover.guest_mac
+
+
+def check_guest_mac(settings: Settings, handover: Handover) -> None:
+    """Raise ConfigError if the guest would have the bridge's MAC: frames to it would end there."""
+    mac = guest_mac(settings, handover)
+    if mac.replace("-", ":") == handover.bridge_mac:
+        raise ConfigError(f"--mac={mac}: the bridge {handover.names.bridge} has this MAC; give another one")
 
 
 def dhcp_lease(settings: Settings, pod: PodInterface, handover: Handover) -> DhcpLease | None:

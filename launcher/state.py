@@ -23,6 +23,8 @@ from launcher.settings import Settings
 FORMAT = 1
 NAME = "state.json"
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
+# What JSON of another shape, or with values that cannot be, ends in.
+_BROKEN = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError, ConfigError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,7 @@ def save(directory: Path, state: State) -> None:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(temporary, flags, 0o600)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            os.fchmod(descriptor, 0o600)  # one that was there already keeps its mode
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -80,7 +83,7 @@ def load(directory: Path, place: Place) -> State | None:
         raise ConfigError(f"cannot read {path}: {exc}") from exc
     try:
         state = _from_json(json.loads(text))
-    except (ValueError, TypeError, KeyError, AttributeError) as exc:
+    except _BROKEN as exc:
         raise ConfigError(
             f"{path} was not written by this version of virt-launcher ({exc!r}); "
             "take the interface back with the version that wrote it, or start the pod anew"
@@ -132,10 +135,12 @@ def _from_json(record: Any) -> State:
     if record["format"] != FORMAT:
         raise ValueError(f"format {record['format']!r} is not {FORMAT}")
     device, inode = record["netns"]
+    settings = settings_.from_json(record["settings"])
+    settings.check()
     pod = record["pod"]
     return State(
         place=Place(int(device), int(inode), str(record["boot"])),
-        settings=settings_.from_json(record["settings"]),
+        settings=settings,
         pod=PodInterface(
             name=str(pod["name"]),
             ifindex=int(pod["ifindex"]),

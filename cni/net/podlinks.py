@@ -174,7 +174,8 @@ def read_link(body: bytes) -> PodLink:
     port = netlink.attrs(info.get(_INFO_SLAVE_DATA, b""))
     return PodLink(
         ifindex=ifindex,
-        name=found.get(_IFLA_IFNAME, b"").rstrip(b"\0").decode(),
+        # The kernel takes nearly any bytes as a name; a link of somebody else must not stop us.
+        name=found.get(_IFLA_IFNAME, b"").rstrip(b"\0").decode("utf-8", "backslashreplace"),
         mtu=struct.unpack("=I", found.get(_IFLA_MTU, b"\0\0\0\0"))[0],
         mac=netlink.mac_text(found.get(_IFLA_ADDRESS, b"")),
         up=bool(flags & netlink.IFF_UP),
