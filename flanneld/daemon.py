@@ -78,8 +78,12 @@ class Daemon:
         if refused:
             self._undo(fresh_devices)
             raise KernelError(explain(refused))
-        self._set_up_firewall()
-        envfile.write(self.options.subnet_file, self._envfile)
+        try:
+            self._set_up_firewall()
+            envfile.write(self.options.subnet_file, self._envfile)
+        except NetworkError:
+            self._undo(fresh_devices)
+            raise
         logger.info("Wrote subnet file to %s", self.options.subnet_file)
 
     def _undo(self, devices: Sequence[str]) -> None:
@@ -155,7 +159,7 @@ class Daemon:
                     self.reconciler.lease_update(update)
                     self.reconciler.queue.add_after(FILES, _FILES_DELAY_S)
                     self._check_own_lease()
-            except StoreUnavailable as exc:
+            except (StoreUnavailable, ConfigError) as exc:
                 trouble.trouble(f"The store is away, the last known leases stay in force: {exc}")
                 self.stop.wait(delay_s)
                 delay_s = min(delay_s * 2, _WATCH_RETRY_LAST_S)
@@ -183,7 +187,7 @@ class Daemon:
                 logger.error("%s; restart flanneld to take a new lease", exc)
                 self._end(1)
                 return
-            except StoreUnavailable as exc:
+            except (StoreUnavailable, ConfigError) as exc:
                 trouble.trouble(f"Lease {lease.key} could not be renewed, trying again: {exc}")
                 wait_s = _RENEW_RETRY_S
             else:
@@ -212,7 +216,9 @@ class Daemon:
         try:
             snapshot.write(Path(self.options.state_dir), node)
         except OSError as exc:
-            raise ConfigError(f"cannot write the node's state to {exc.filename}: {exc.strerror}") from exc
+            raise ConfigError(
+                f"cannot write the node's state to {exc.filename or self.options.state_dir}: {exc.strerror}"
+            ) from exc
 
     def _peers_programmed(self) -> None:
         if not self.ready.is_set():

@@ -40,8 +40,10 @@ def lock_subnet_file(subnet_file: Path) -> int:
             f"another flanneld (PID {holder}) writes {subnet_file}; "
             "stop it, or give this one its own --subnet-file"
         ) from None
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"{os.getpid()}\n".encode())
+    # The PID is only for the message above; a full file system must not keep us from starting.
+    with contextlib.suppress(OSError):
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()}\n".encode())
     return descriptor
 
 

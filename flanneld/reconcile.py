@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Mapping, Sequence
+from ipaddress import IPv4Network, IPv6Network
 from itertools import chain
+from threading import Lock
 
 from cni.errors import KernelError, NetworkError
 from cni.net.entries import Entry, NetState, state
@@ -25,6 +27,7 @@ from cni.net.kernel import Change
 from cni.net.plan import Kernel, Operation, Refused, plan
 from flanneld.backend.protocol import Backend
 from flanneld.config import NetConf
+from flanneld.lease import Change as LeaseChange
 from flanneld.lease import Lease, LeaseSet, Snapshot, Update
 from flanneld.log import OncePerChange, logger
 from flanneld.workqueue import (
@@ -41,6 +44,10 @@ NETWORK: WorkKey = ("network",)
 _GATHER_S = 0.02
 # A lost notification would otherwise go unnoticed for ever; upstream's informer resyncs as often.
 RESYNC_S = 300.0
+# How long a store that came back empty has time to be filled again by its clients.
+GRACE_S = 60.0
+_ADDRESS_RANK = 1
+_Network = IPv4Network | IPv6Network
 _RETRY_BASE_S, _RETRY_CAP_S = 0.05, 30.0
 
 
@@ -73,6 +80,11 @@ class Reconciler:
         self._programmed: dict[str, tuple[Entry, ...]] = {}
         self._shared = False
         self._peers_known = False
+        self._config = config
+        # Guards the replacement of `leases`, which the store's thread and the worker both do.
+        self._folding = Lock()
+        self._suspects: dict[str, Lease] = {}
+        self._passed_over: set[str] = set()
         self._trouble: dict[WorkKey, OncePerChange] = {}
         self.on_peers_programmed: Callable[[], None] = lambda: None
 
@@ -80,7 +92,10 @@ class Reconciler:
 
     def lease_update(self, update: Update) -> None:
         """Take in what the store reports; returns at once."""
-        self.leases = self.leases.fold(update)
+        if isinstance(update, Snapshot) and self._peers_known:
+            update = self._with_suspects(update)
+        with self._folding:
+            self.leases = self.leases.fold(update)
         if isinstance(update, Snapshot):
             self._peers_known = True
             self.queue.add(NETWORK)
@@ -88,6 +103,31 @@ class Reconciler:
             for change in update:
                 if change.key != self._own.key:
                     self.queue.add(("peer", change.key))
+
+    def _with_suspects(self, snapshot: Snapshot) -> Snapshot:
+        """A snapshot without our own lease is of a store that lost its data: peers will write theirs again.
+
+        Those it does not have are kept for a while, and then dropped unless the store named them again.
+        """
+        found = {lease.key for lease in snapshot.leases}
+        if self._own.key in found:
+            return snapshot
+        kept = {key: lease for key, lease in self.leases.by_key.items() if key not in found}
+        kept.pop(self._own.key, None)
+        if kept:
+            logger.warning("The store lost our lease; %d peers it lost are kept for %d s", len(kept), GRACE_S)
+        for key, lease in kept.items():
+            self._suspects[key] = lease
+            self.queue.add_after(("suspect", key), GRACE_S)
+        return Snapshot((*snapshot.leases, *kept.values()))
+
+    def _drop_suspect(self, key: str) -> None:
+        lease = self._suspects.pop(key, None)
+        with self._folding:
+            if lease is None or self.leases.by_key.get(key) is not lease:
+                return
+            self.leases = self.leases.fold((LeaseChange(key, None),))
+        self.queue.add(("peer", key))
 
     def kernel_changes(self, changes: Sequence[Change]) -> None:
         """Take in kernel notifications; none at all means that some were lost."""
@@ -133,6 +173,8 @@ class Reconciler:
             self._network()
         elif key[0] == "peer":
             self._peer(key[1])
+        elif key[0] == "suspect":
+            self._drop_suspect(key[1])
         else:
             self._chores[key]()
 
@@ -142,20 +184,33 @@ class Reconciler:
             self._raise(self.prepare())
             return
         self.queue.add_after(NETWORK, RESYNC_S)
-        peers = {lease.key: tuple(self._backend.peer(lease)) for lease in self.leases.peers(self._own)}
+        peers = {lease.key: self._entries(lease) for lease in self.leases.peers(self._own)}
         entries = [*self._backend.base(self._own), *chain.from_iterable(peers.values())]
         self._programmed, self.wanted = peers, state(entries)
         self._shared = len(self.wanted) < len(entries)
-        operations = plan(self.wanted, self._kernel.snapshot(self._scope))
-        self._apply(operations)
-        self.on_peers_programmed()
+        refused = self._apply(plan(self.wanted, self._kernel.snapshot(self._scope)))
+        # One peer that the kernel does not take must not keep the node from serving all others.
+        if all(r.operation.entry.rank > _ADDRESS_RANK for r in refused):
+            self.on_peers_programmed()
+        self._raise(refused)
+
+    def _entries(self, lease: Lease) -> tuple[Entry, ...]:
+        """What reaches a peer; nothing, and said once, for a lease that would take our own routes away."""
+        fault = misplaced(lease, self._own, self._config)
+        if not fault:
+            self._passed_over.discard(lease.key)
+            return tuple(self._backend.peer(lease))
+        if lease.key not in self._passed_over:
+            self._passed_over.add(lease.key)
+            logger.warning("Lease %s of %s is passed over: %s", lease.key, lease.attrs.public_ip, fault)
+        return ()
 
     def _peer(self, key: str) -> None:
         if not self._peers_known:
             return
         lease = self.leases.by_key.get(key)
         before = self._programmed.get(key, ())
-        after = tuple(self._backend.peer(lease)) if lease else ()
+        after = self._entries(lease) if lease else ()
         mine = {entry.key for entry in before}
         if self._shared or any(entry.key in self.wanted and entry.key not in mine for entry in after):
             # Two leases ask for the same entry: a node took another subnet and kept its VTEP, and its old
@@ -171,15 +226,13 @@ class Reconciler:
             wanted.pop(entry.key, None)
         wanted.update(state(after))
         self.wanted = wanted
-        try:
-            self._apply(plan(state(after), state(before)))
-        except KernelError:
+        if self._apply(plan(state(after), state(before))):
             # What the kernel holds is not what we thought: look at all of it, with back-off.
             self.queue.add_rate_limited(NETWORK)
 
-    def _apply(self, operations: Sequence[Operation]) -> None:
+    def _apply(self, operations: Sequence[Operation]) -> list[Refused]:
         if not operations:
-            return
+            return []
         for operation in operations:
             logger.debug("%s %s", operation.verb, operation.entry)
         refused = self._kernel.apply(operations)
@@ -188,11 +241,31 @@ class Reconciler:
             logger.info(
                 "Network reconciled: put=%d drop=%d refused=%d", puts, len(operations) - puts, len(refused)
             )
-        self._raise(refused)
+        return refused
 
     def _raise(self, refused: Sequence[Refused]) -> None:
         if refused:
             raise KernelError(explain(refused))
+
+
+def misplaced(lease: Lease, own: Lease, config: NetConf) -> str:
+    """Why a peer's subnet must not be routed to it, empty if it may be.
+
+    A subnet outside of the network, or one that overlaps ours, would replace routes that are not flannel's.
+    """
+    pairs: tuple[tuple[_Network | None, _Network | None, _Network | None], ...] = (
+        (lease.subnet, config.network, own.subnet),
+        (lease.subnet6, config.ipv6_network, own.subnet6),
+    )
+    for subnet, network, ours in pairs:
+        if subnet is None or network is None:
+            continue
+        inside = network.network_address <= subnet.network_address and subnet.prefixlen > network.prefixlen  # type: ignore[operator] # one family a pair
+        if not (inside and subnet.overlaps(network)):
+            return f"{subnet} is not inside the network {network}"
+        if ours is not None and subnet.overlaps(ours):
+            return f"{subnet} overlaps our own subnet {ours}"
+    return ""
 
 
 def is_drift(change: Change, wanted: NetState) -> bool:

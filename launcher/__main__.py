@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,6 +190,15 @@ def _check_writable(xml: str) -> None:
         raise ConfigError(f"--domain-xml={xml}: cannot write a file there")
 
 
+def _replace(path: Path, text: str) -> None:
+    """Put a new file in the place of whatever has that name: a link there is not followed."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+        os.fchmod(file.fileno(), 0o644)
+    Path(temporary).replace(path)
+
+
 def _output(pod: Pod, xml: str, arguments: bool) -> None:
     if not xml and not arguments:
         return
@@ -204,7 +214,7 @@ def _output(pod: Pod, xml: str, arguments: bool) -> None:
     if xml == "-":
         click.echo(domain.interface_xml(guest))
     elif xml:
-        Path(xml).write_text(domain.interface_xml(guest) + "\n", encoding="utf-8")
+        _replace(Path(xml), domain.interface_xml(guest) + "\n")
     if arguments:
         click.echo(" ".join(domain.qemu_arguments(guest)))
 

@@ -44,6 +44,8 @@ from launcher.discover import PodInterface
 Binding = Literal["bridge", "masquerade"]
 
 SERVER = IPv4Interface("169.254.75.10/32")
+FORWARD4, FORWARD6 = "net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding"
+NAMESPACE_SYSCTLS = (FORWARD4, FORWARD6)
 MASQUERADE_MAC = "02:00:00:00:00:00"
 MASQUERADE_NETWORK = IPv4Network("10.0.2.0/24")
 MASQUERADE_NETWORK6 = IPv6Network("fd10:0:2::/120")
@@ -120,10 +122,10 @@ def sysctls(binding: Binding, bridge: str, pod: PodInterface) -> tuple[Sysctl, .
     """The settings that a binding needs for the pod's families; those that name the bridge vanish with it."""
     needed: list[Sysctl] = []
     if binding == "masquerade" and pod.ipv4:
-        needed.append(Sysctl("net/ipv4/ip_forward", "1"))
+        needed.append(Sysctl(FORWARD4, "1"))
         needed.append(Sysctl(f"net/ipv4/conf/{bridge}/route_localnet", "1"))
     if binding == "masquerade" and pod.ipv6:
-        needed.append(Sysctl("net/ipv6/conf/all/forwarding", "1"))
+        needed.append(Sysctl(FORWARD6, "1"))
     return tuple(needed)
 
 

@@ -85,6 +85,7 @@ class Host:
         self._gateway_mac: bytes | None = None
         self._ask_at = now
         self._quiet_until = now
+        self._gateway_again = now
         self._responder = Responder(router, now) if router and link.gateway6 is None else None
 
     def due(self) -> float | None:
@@ -101,10 +102,6 @@ class Host:
             return []
         self._ask_at = now + _ASK_EVERY_S
         return [Frame(self._send.solicit(self._local, self._link.gateway6), to_guest=False)]
-
-    def stop(self) -> list[Frame]:
-        """The last words: no router any more."""
-        return [self._advert(self._responder.stop())] if self._responder else []
 
     def receive(self, frame: bytes, now: float, from_guest: bool) -> Iterator[Frame | Note]:
         """Take a frame that the guest sent, or one that reached the bridge; nothing in it raises."""
@@ -181,6 +178,10 @@ class Host:
         mac = wire.target_mac(body) if target == self._link.gateway6 else None
         if mac is None or mac == self._gateway_mac or self._router is None or not is_unicast_mac(mac):
             return
+        # The bridge carries the guest's own advertisements too: it is not its gateway, nor may it flood us.
+        if mac == self._link.guest_mac or now < self._gateway_again:
+            return
+        self._gateway_again = now + _NOTE_EVERY_S
         self._gateway_mac = mac
         self._responder = Responder(replace(self._router, mac=mac.hex(":")), now)
         yield Note(f"the gateway {target} is at {mac.hex(':')}; advertising it to the guest")

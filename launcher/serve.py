@@ -138,7 +138,10 @@ class Wake:
 
 
 def serve(host: Host, sockets: Sockets, wake: Wake) -> None:
-    """Answer until `wake`. A frame that cannot be sent is dropped; the guest's link going away ends it."""
+    """Answer until `wake`. A frame that cannot be sent is dropped; the guest's link going away ends it.
+
+    The guest is not told of the end: its router is the pod's gateway or the kernel, and both go on.
+    """
     descriptors = [sockets.tap.fileno(), sockets.bridge.fileno(), wake.read_end]
     while not wake.stop.is_set():
         due = host.due()
@@ -149,8 +152,6 @@ def serve(host: Host, sockets: Sockets, wake: Wake) -> None:
         for sock in (sockets.tap, sockets.bridge):
             if sock.fileno() in ready:
                 _drain(host, sockets, sock)
-    for frame in host.stop():
-        sockets.send(frame)
 
 
 def _drain(host: Host, sockets: Sockets, sock: socket.socket) -> None:

@@ -17,10 +17,12 @@ from typing import Any
 from cni.errors import ConfigError
 from cni.net.podlinks import Sysctl
 from launcher import settings as settings_
+from launcher.binding import NAMESPACE_SYSCTLS
 from launcher.discover import PodInterface, PodRoute
 from launcher.settings import Settings
 
 FORMAT = 1
+_LARGEST = 1 << 20
 NAME = "state.json"
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 # What JSON of another shape, or with values that cannot be, ends in.
@@ -61,6 +63,7 @@ def save(directory: Path, state: State) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _require_ours(directory)
         descriptor = os.open(temporary, flags, 0o600)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             os.fchmod(descriptor, 0o600)  # one that was there already keeps its mode
@@ -76,7 +79,11 @@ def load(directory: Path, place: Place) -> State | None:
     """The state of this namespace, None without a file. Raises ConfigError for a foreign or broken one."""
     path = directory / NAME
     try:
-        text = path.read_text(encoding="utf-8")
+        _require_ours(directory)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        with os.fdopen(descriptor, encoding="utf-8") as file:
+            _require_ours(path, file.fileno())
+            text = file.read(_LARGEST)
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as exc:
@@ -95,6 +102,16 @@ def load(directory: Path, place: Place) -> State | None:
             "give each pod a --state-dir of its own (an emptyDir), or remove the file"
         )
     return state
+
+
+def _require_ours(path: Path, descriptor: int | None = None) -> None:
+    """Raise ConfigError unless only we can have written there: what it says is done as root."""
+    found = os.stat(path if descriptor is None else descriptor)
+    if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise ConfigError(
+            f"{path} belongs to user {found.st_uid} with mode {found.st_mode & 0o7777:04o}: "
+            f"it must belong to user {os.geteuid()} and be writable for no other"
+        )
 
 
 def remove(directory: Path) -> None:
@@ -158,5 +175,12 @@ def _from_json(record: Any) -> State:
                 for route in pod["routes"]
             ),
         ),
-        before=tuple(Sysctl(str(s["path"]), str(s["value"])) for s in record["before"]),
+        before=tuple(_setting(entry) for entry in record["before"]),
     )
+
+
+def _setting(entry: Any) -> Sysctl:
+    path, value = str(entry["path"]), str(entry["value"])
+    if path not in NAMESPACE_SYSCTLS or not value.isdecimal():
+        raise ValueError(f"{path}={value} is no setting of ours")
+    return Sysctl(path, value)

@@ -196,11 +196,25 @@ class NetlinkKernel:
                 continue
             refused += self._send(run)
             run = []
+            if operation.verb == "drop" and (lacking := self._lacks_underlay(operation.entry, operations)):
+                # A device that cannot be made again is better than none.
+                refused.append(
+                    Refused(operation, errno.ENODEV, f"no link named {lacking} to make it on again")
+                )
+                continue
             refusals = self._send([operation])
             if operation.verb == "put" and not refusals:
                 _ignore_router_advertisements(operation.entry.name)
             refused += refusals
         return refused + self._send(run)
+
+    def _lacks_underlay(self, link: Link, operations: Sequence[Operation]) -> str:
+        """The underlay that is missing for the device to come in `link`'s place; empty if none is."""
+        for operation in operations:
+            entry = operation.entry
+            if operation.verb == "put" and isinstance(entry, Link) and entry.name == link.name:
+                return "" if self.link(entry.vxlan.underlay) else entry.vxlan.underlay
+        return ""
 
     def _links_of(self, operations: Sequence[Operation]) -> dict[str, LinkInfo]:
         """The links that the operations speak of, those that exist."""

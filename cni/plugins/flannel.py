@@ -83,9 +83,9 @@ class Flannel:
         try:
             used, stdout = self._add(request, config, None if existed else scratch)
             made = _convert(stdout, _version_of(used), conf.version or version.ABSENT)
-        except CniError:
+        except CniError as exc:
             # An ADD of what is already attached fails, and undoing it would tear down a live interface.
-            if not existed:
+            if not existed and not _was_there(exc):
                 self._undo(request, scratch)
             raise
         if existed:
@@ -283,6 +283,12 @@ class Flannel:
         if outcome.stderr:
             self._note(outcome.stderr.decode("utf-8", "replace").rstrip("\n"))
         return delegate.answer(str(config["type"]), path, outcome)
+
+
+def _was_there(failure: CniError) -> bool:
+    """Whether the delegate failed since the interface exists: then it is not this ADD's to take away."""
+    text = f"{failure.msg} {failure.details}".lower()
+    return "already exists" in text or "file exists" in text
 
 
 def delegate_config(conf: NetConf, env: subnetenv.SubnetEnv) -> gojson.Object:

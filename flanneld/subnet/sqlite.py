@@ -59,6 +59,9 @@ _SCHEMA = """
 """
 
 
+_Row = tuple[str | None, str | None, str, float, int]
+
+
 class SqliteManager:
     """Subnet manager over the file `db_path`, which is made (with its directory) when missing."""
 
@@ -70,6 +73,7 @@ class SqliteManager:
         self._clock = clock
         self._rng = SystemRandom()
         self._closed = Event()
+        self._reported: set[str] = set()
 
     @property
     def name(self) -> str:
@@ -99,7 +103,7 @@ class SqliteManager:
     def acquire(self, config: NetConf, attrs: Attributes, previous: Lease | None) -> Lease:
         """Take or take over a lease in one transaction, so that no race can be lost."""
         with self._transaction() as db:
-            leases = tuple(self._leases(db).values())
+            leases = tuple(self._leases(db, strict=True).values())
             decision = allocate.choose(config, leases, allocate.owner(attrs), previous, self._rng)
             match decision:
                 case allocate.Keep(lease):
@@ -158,17 +162,32 @@ class SqliteManager:
             version = _pragma(db, "data_version")
             return version, self._leases(db)
 
-    def _leases(self, db: sqlite3.Connection) -> dict[str, Lease]:
-        """The leases in force by key, oldest first."""
+    def _leases(self, db: sqlite3.Connection, strict: bool = False) -> dict[str, Lease]:
+        """The leases in force by key, oldest first.
+
+        A row that cannot be read is reported and passed over; with `strict`, for those who choose a subnet
+        and must know which are taken, it raises ConfigError.
+        """
         rows = db.execute(
             "SELECT subnet, subnet6, attributes, expires_s, revision FROM lease"
             " WHERE expires_s > ? ORDER BY revision",
             (self._clock(),),
         )
-        leases = (self._lease(row) for row in rows)
+        read = self._lease if strict else self._readable
+        leases = (lease for row in rows if (lease := read(row)))
         return {lease.key: lease for lease in leases}
 
-    def _lease(self, row: tuple[str | None, str | None, str, float, int]) -> Lease:
+    def _readable(self, row: _Row) -> Lease | None:
+        """The lease of a row, None for one that cannot be read: it is reported once, the others count on."""
+        try:
+            return self._lease(row)
+        except ConfigError as exc:
+            if str(exc) not in self._reported:
+                self._reported.add(str(exc))
+                log.warning("%s; the lease is passed over", exc)
+            return None
+
+    def _lease(self, row: _Row) -> Lease:
         subnet, subnet6, attributes, expires_s, revision = row
         try:
             return Lease(

@@ -220,6 +220,7 @@ def _link(link: dict[str, Any], port: dict[str, Any]) -> dict[str, Any]:
         "tap": [data.get(name) for name in ("type", "user", "group", "multi_queue", "persist", "vnet_hdr")],
         "stp": data.get("stp_state"),
         "delay": data.get("forward_delay"),
+        "snooping": data.get("mcast_snooping"),
         "addresses": [
             f"{a['local']}/{a['prefixlen']} {a['scope']}"
             for a in link["addr_info"]

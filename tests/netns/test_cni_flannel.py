@@ -308,3 +308,11 @@ def test_portmap_after_flannel_makes_a_host_port_reachable(node: Node, version: 
     assert node.call("DEL", "c1", pod, version=version, prevResult=final, **chained) is None
     assert not outside.succeeds(fetch)
     assert pod.links() == ["lo"] and node.clean()
+
+
+def test_a_failed_add_does_not_take_away_an_interface_that_was_there(node: Node) -> None:
+    pod = node.namespace()
+    pod.run("ip link add eth0 type veth peer name other")
+    error = node.call("ADD", "c1", pod)
+    assert "already exists" in error["msg"]
+    assert "eth0" in pod.run("ip -br link show eth0")

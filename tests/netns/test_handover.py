@@ -145,7 +145,7 @@ def test_links_of_the_bridge_binding(dual: Pod) -> None:
     links = shown["links"]
     bridge = links["k6t-eth0"]
     assert (bridge["kind"], bridge["mtu"], bridge["up"], bridge["arp"]) == ("bridge", 1450, True, False)
-    assert (bridge["stp"], bridge["delay"]) == (0, 0)
+    assert (bridge["stp"], bridge["delay"], bridge["snooping"]) == (0, 0, 0)
     assert bridge["addresses"] == ["169.254.75.10/32 global"]
     nic = links["eth0-nic"]
     assert (nic["kind"], nic["mac"], nic["mtu"], nic["master"]) == ("veth", bridge["mac"], 1450, "k6t-eth0")
@@ -228,11 +228,15 @@ def test_a_smaller_mtu_for_the_guest(dual: Pod, binding: str) -> None:
 @pytest.mark.parametrize("binding", BINDINGS)
 def test_prepare_twice_does_nothing(dual: Pod, binding: str) -> None:
     dual.ok("prepare", "--binding", binding)
-    once = dual.view(), rules(dual), dual.ip("link")
+    once = dual.view(), rules(dual), identities(dual)
     again = dual.ok("prepare", "--binding", binding)
     assert "0 operations" in again.err
     # Not even an index or the tap's own MAC has changed.
-    assert (dual.view(), rules(dual), dual.ip("link")) == once
+    assert (dual.view(), rules(dual), identities(dual)) == once
+
+
+def identities(of: Pod) -> list[tuple[str, int, str]]:
+    return [(link["ifname"], link["ifindex"], link["address"]) for link in of.links()]
 
 
 @pytest.mark.parametrize("binding", BINDINGS)
@@ -298,6 +302,22 @@ def test_damage_is_mended_by_prepare(dual: Pod) -> None:
         dual.ip(damage)
     dual.ok("restore")
     assert dual.view() == before
+
+
+def test_a_link_that_took_the_taps_place_is_not_touched(dual: Pod) -> None:
+    before = dual.view()
+    dual.ok("prepare")
+    dual.plug_guest()
+    right = dual.view()
+    done = dual.forked("prepare")
+    assert done.code == 1
+    assert "tap0 exists and is a veth link, not a tap" in done.err
+    assert dual.view() == right
+    # Nor does it stand in the way of the way back.
+    dual.ok("restore")
+    now = dual.view()
+    assert now["links"].pop("tap0")["kind"] == "veth"
+    assert now == before
 
 
 # ---- killed at any operation

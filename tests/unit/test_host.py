@@ -101,7 +101,7 @@ def dhcp(
 def answer_of(frame: bytes) -> tuple[bytes, IPv4Address, IPv4Address, tuple[int, int], Message]:
     """Destination MAC, source and destination address, ports, and the message."""
     assert frame[6:14] == BRIDGE + b"\x08\x00"
-    assert "bad" not in tcpdump(frame[14:])
+    assert "[udp sum ok]" in tcpdump(frame[14:])
     message = parse(frame[42:], BOOT_REPLY)
     assert isinstance(message, Message)
     ports = (int.from_bytes(frame[34:36], "big"), int.from_bytes(frame[36:38], "big"))
@@ -221,7 +221,7 @@ def test_without_a_server_there_is_silence() -> None:
     for frame in (dhcp(MessageType.DISCOVER), arp(SERVER), arp(NOBODY), solicitation(US6)):
         assert heard(host, frame) == []
     assert host.due() is None
-    assert host.tick(1e9) == [] and host.stop() == []
+    assert host.tick(1e9) == []
 
 
 # ---- ARP
@@ -266,7 +266,6 @@ def test_the_gateway_is_asked_for_each_second_until_it_is_found() -> None:
     # Before it is known, nothing is advertised, asked or not.
     assert heard(host, ipv6(icmp6(SOLICITATION, GUEST6, ROUTERS)), 101.0) == []
     assert heard(host, solicitation(US6), 101.0) == []
-    assert host.stop() == []
     [note] = host.receive(advertisement(GATEWAY6), 101.2, from_guest=False)
     assert isinstance(note, Note) and GATEWAY.hex(":") in note.text
     assert host.due() == 101.2
@@ -375,12 +374,6 @@ def test_no_answer_over_icmp6(frame: bytes) -> None:
     before = host.due()
     assert heard(host, frame) == []
     assert host.due() == before
-
-
-def test_the_last_words_take_the_default_route_back() -> None:
-    [advert] = found().stop()
-    assert advert.to_guest and "router lifetime 0s" in tcpdump(advert.data[14:])
-    assert "router lifetime 1800s" in tcpdump(masquerade().tick(0.0)[0].data[14:])
 
 
 def test_masquerade_advertises_itself_at_once_and_leaves_neighbours_to_the_kernel() -> None:
@@ -499,4 +492,3 @@ def test_no_sequence_of_nearly_right_frames_raises_or_leaves_the_link(
                 assert len(answer.data) <= 1450 + 14
                 # Nothing but the question for the gateway goes to the pod's network.
                 assert answer.to_guest or answer.data[54] == 135
-        host.stop()

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from cni.errors import ConfigError
 from cni.net.podlinks import Sysctl
 from launcher import state as state_
+from launcher.binding import NAMESPACE_SYSCTLS
 from launcher.discover import PodInterface, PodRoute
 from launcher.nat import Port
 from launcher.settings import Settings
@@ -75,7 +76,9 @@ STATES = st.builds(
         ).map(tuple),
         st.lists(V4_ROUTES | V6_ROUTES, max_size=5).map(tuple),
     ),
-    st.lists(st.builds(Sysctl, st.text(max_size=30), st.text(max_size=5)), max_size=3).map(tuple),
+    st.lists(
+        st.builds(Sysctl, st.sampled_from(NAMESPACE_SYSCTLS), st.sampled_from(["0", "1"])), max_size=3
+    ).map(tuple),
 )
 
 

@@ -24,7 +24,7 @@ from flanneld.backend.protocol import desired
 from flanneld.config import parse_netconf
 from flanneld.iface import ExternalInterface
 from flanneld.lease import Attributes, Change, Lease, Snapshot
-from flanneld.reconcile import RESYNC_S, Reconciler, WorkKey, explain, is_drift
+from flanneld.reconcile import GRACE_S, RESYNC_S, Reconciler, WorkKey, explain, is_drift
 from flanneld.workqueue import FakeClock
 
 CONFIG = parse_netconf('{"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan"}}', "net-conf.json")
@@ -288,9 +288,26 @@ def test_an_unknown_lease_that_is_gone_is_no_work(node: Node) -> None:
 
 
 def test_a_second_snapshot_counts_as_a_whole(node: Node) -> None:
-    """Changed leases are changed, missing ones dropped, and our own stays in any case."""
-    node.update(Snapshot((lease(3, mac=33), lease(4))))
+    """Changed leases are changed, missing ones dropped."""
+    node.update(Snapshot((lease(1), lease(3, mac=33), lease(4))))
     assert node.kernel.entries == wanted(lease(3, mac=33), lease(4))
+
+
+def test_a_store_that_lost_its_data_takes_no_peer_away_at_once(node: Node) -> None:
+    """A snapshot without even our own lease: the others are kept for a while, unless they come back."""
+    node.update(Snapshot(()))
+    assert node.kernel.entries == wanted(lease(2), lease(3))
+    node.update(put(lease(3)))
+    node.advance(GRACE_S + 1)
+    assert node.kernel.entries == wanted(lease(3))
+
+
+def test_a_lease_outside_of_the_network_or_over_our_subnet_is_passed_over(node: Node) -> None:
+    before = dict(node.kernel.entries)
+    for subnet in ("192.168.77.0/24", "0.0.0.0/0", "10.244.0.0/16", "10.244.1.0/25"):
+        misplaced = replace(lease(9), subnet=IPv4Network(subnet))
+        node.update(put(misplaced))
+        assert node.kernel.entries == before
 
 
 # ---- leases that share entries

@@ -114,10 +114,9 @@ def damaged_pages(path: Path) -> None:
         (lambda path: path.write_bytes(b""), "no lease database"),
         (foreign_database, "no lease database"),
         (newer_database, "version 2"),
-        (damaged_lease, "lease 10.3."),
         (damaged_pages, "malformed"),
     ],
-    ids=["text", "empty", "foreign", "newer", "damaged lease", "damaged pages"],
+    ids=["text", "empty", "foreign", "newer", "damaged pages"],
 )
 def test_a_file_that_we_cannot_use_stays_as_it_is(tmp_path: Path, spoil: object, said: str) -> None:
     path = tmp_path / "leases.db"
@@ -133,6 +132,16 @@ def test_a_file_that_we_cannot_use_stays_as_it_is(tmp_path: Path, spoil: object,
         with pytest.raises(ConfigError, match=rf"{path} .*{said}.*move (it|the file) away"):
             attempt()
     assert path.read_bytes() == before
+
+
+def test_a_row_that_cannot_be_read_is_passed_over_but_for_those_who_choose_a_subnet(tmp_path: Path) -> None:
+    path = tmp_path / "leases.db"
+    damaged_lease(path)
+    manager = SqliteManager(path, "")
+    assert next(manager.watch(Event())) == Snapshot(())
+    assert manager.stored(IPv4Address("1.2.3.4")) is None
+    with pytest.raises(ConfigError, match=r"lease 10\.3\."):
+        manager.acquire(conf(), OWN, None)
 
 
 def test_a_locked_file_is_not_available(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import struct
 import subprocess
 from ipaddress import IPv4Address, IPv6Address
+from random import Random
 
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher import wire
@@ -112,23 +113,21 @@ def test_neighbour_messages_round_trip(source: IPv6Address, target: IPv6Address,
 # ---- what another decoder says
 
 
-@given(st.lists(st.tuples(V4, V4, DATA), min_size=30, max_size=30))
-@example([(SERVER4, CLIENT4, b"\xff\xff" * n) for n in range(30)])
-@example([(SERVER4, CLIENT4, b"\x01" * n) for n in range(30)])
-def test_checksums_are_right(cases: list[tuple[IPv4Address, IPv4Address, bytes]]) -> None:
+def test_checksums_are_right() -> None:
+    """Of payloads of every length, odd ones included; in one run of tcpdump."""
+    chance = Random(1)
     frames = []
-    for source, destination, data in cases:
-        # No ports that tcpdump knows how to read further.
+    for size in range(300):
+        source, destination = IPv4Address(chance.getrandbits(32)), IPv4Address(chance.getrandbits(32))
+        source6, destination6 = IPv6Address(chance.getrandbits(128)), IPv6Address(chance.getrandbits(128))
+        data = b"\xff" * size if size % 3 == 0 else chance.randbytes(size)
+        # No ports and no ICMPv6 type that tcpdump knows how to read further.
         frames.append(SENDER.udp4(GUEST, source, destination, (40000, 40001), data))
-        mapped = IPv6Address(int(source) << 64 | 1), IPv6Address(int(destination) << 64 | 2)
-        frames.append(SENDER.udp6(GUEST, *mapped, (40000, 40001), data))
-        frames.append(SENDER.icmp6(GUEST, *mapped, b"\xc8\x00\x00\x00" + data))
-    for frame, text in zip(frames, decoded(*frames), strict=True):
-        assert "bad" not in text and "invalid" not in text, text
-        if frame[12:14] == b"\x86\xdd" and frame[20] == 58:
-            assert "[icmp6 sum ok]" in text
-        else:
-            assert "[udp sum ok]" in text
+        frames.append(SENDER.udp6(GUEST, source6, destination6, (40000, 40001), data))
+        frames.append(SENDER.icmp6(GUEST, source6, destination6, b"\xc8\x00\x00\x00" + data))
+    for number, text in enumerate(decoded(*frames)):
+        assert "bad cksum" not in text and "invalid" not in text, text
+        assert ("[icmp6 sum ok]" if number % 3 == 2 else "[udp sum ok]") in text, text
 
 
 def test_a_udp_checksum_is_never_zero() -> None:
