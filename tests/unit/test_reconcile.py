@@ -567,3 +567,15 @@ def test_a_refusal_is_explained_in_one_line() -> None:
 
 def test_an_errno_without_a_name_or_a_remedy_is_explained_too() -> None:
     assert explain([Refused(Operation("drop", ROUTE), 9999, "odd")]).endswith("odd (9999)")
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [(errno.EOPNOTSUPP, "modprobe vxlan"), (errno.EPERM, "CAP_NET_ADMIN"), (errno.EADDRINUSE, "ss -lunp")],
+)
+def test_a_device_that_cannot_be_made_names_the_remedy(number: int, remedy: str) -> None:
+    kernel = Watched()
+    kernel.refuse[("link", "flannel.1")] = number
+    refused = Node(kernel).reconciler.prepare()
+    text = explain(refused)
+    assert "put link flannel.1" in text and remedy in text and "\n" not in text
