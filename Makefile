@@ -63,7 +63,7 @@ bench: build ## timings beside the real peers
 	@$(PY) -m pytest -q -s tests/bench
 
 lock: ## pin the Python packages again (needs pip-tools)
-	@for extra in "requirements.txt --extra etcd --extra dev"; do \
+	@for extra in "requirements.txt --extra etcd --extra kube --extra dev"; do \
 	  pip-compile -q --generate-hashes --allow-unsafe --strip-extras --no-header --no-annotate \
 	    --no-emit-index-url --no-emit-find-links --no-emit-trusted-host -o $$extra pyproject.toml; done
 
