@@ -32,6 +32,17 @@ dist/.done: $(VENV)/.done $(SOURCES)
 	@$(PY) packaging/build.py
 	@touch $@
 
+image: dist/image/flannel.tar ## the container image as an OCI archive, made without a registry (needs root)
+
+dist/image/flannel.tar: dist/.done build/image/.done packaging/mk-docker-opts.sh packaging/kube-flannel.yml \
+    $(wildcard packaging/Dockerfile* packaging/image/*)
+	@packaging/image/build.sh build/image $@
+
+build/image/.done: packaging/image/base.sh packaging/image/buildah.sh | packaging/apt.done
+	@rm -rf build/image
+	@packaging/image/base.sh build/image
+	@touch $@
+
 demo: build ## run the whole path: three nodes, six pods (STORE=sqlite|etcd, KEEP=1 leaves it running)
 	@$(PY) -m tests.lab.demo
 
@@ -56,7 +67,7 @@ lint: $(VENV)/.done ## format, lint, types, import direction
 unit: $(VENV)/.done ## tests that need neither root nor the network
 	@$(PY) -m pytest -q tests/unit
 
-test: build guest-kernel lint ## everything, on real parts (needs root)
+test: build image guest-kernel lint ## everything, on real parts (needs root)
 	@$(PY) -m pytest
 
 bench: build ## timings beside the real peers
@@ -71,4 +82,4 @@ clean: ## remove everything that was made here
 	@rm -rf build dist $(VENV) packaging/apt.done .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup build guest-kernel demo demo-vm demo-down lint unit test bench lock clean
+.PHONY: help setup build image guest-kernel demo demo-vm demo-down lint unit test bench lock clean

@@ -6,71 +6,83 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from threading import Event
 
 from cni import __version__
-from cni.errors import ConfigError, NetworkError
+from cni.errors import NetworkError
 from cni.net.kernel import NetlinkKernel
-from flanneld import flags, log, startup
-from flanneld.config import NetConf
-from flanneld.daemon import Daemon
+from flanneld import flags, log, snapshot, startup
+from flanneld.daemon import Daemon, Outcome
 from flanneld.flags import Options
+from flanneld.health import HealthServer, Readiness
 from flanneld.locks import lock_devices, lock_subnet_file
 from flanneld.log import logger
 
 
-def _check_bridge_filter(config: NetConf) -> None:
-    """Upstream's demand: with iptables, bridged traffic must be seen by it."""
-    if config.enable_nftables:
-        return
-    for enabled, name in (
-        (config.enable_ipv4, "bridge-nf-call-iptables"),
-        (config.enable_ipv6, "bridge-nf-call-ip6tables"),
-    ):
-        path = f"/proc/sys/net/bridge/{name}"
-        if enabled and not Path(path).exists():
-            raise ConfigError(f"{path} does not exist: load the module with: modprobe br_netfilter")
+class Termination:
+    """The wish to end, and the event by which a daemon's threads hear of it: a new one for each daemon."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.stop = Event()
+
+    def ask(self) -> None:
+        """End the daemon that runs, and start no other."""
+        self.asked = True
+        self.stop.set()
+
+    def fresh(self) -> Event:
+        """The event for the next daemon, already set if the end was asked for meanwhile."""
+        self.stop = Event()
+        if self.asked:
+            self.stop.set()
+        return self.stop
 
 
-def serve(options: Options, stop: Event, ready: Event) -> int:
-    """The daemon from options to exit code; raises NetworkError when it cannot start."""
-    lock = lock_subnet_file(Path(options.subnet_file))
-    previous = startup.previous_lease(Path(options.subnet_file))
-    manager = startup.subnet_manager(options, previous)
-    logger.info("Created subnet manager: %s", manager.name)
-    config = startup.until_available("reading the network configuration", manager.network_config, stop)
-    _check_bridge_filter(config)
-    kernel = NetlinkKernel()
-    external = startup.external_interface(kernel, options, config)
-    backend = startup.build_backend(config, external)
-    claims = lock_devices(backend.devices)
-    startup.check_underlay(kernel, config, external)
-    existing = startup.check_devices(kernel, backend)
-    own = startup.acquire(manager, backend, config, existing, previous, stop)
-    peers = startup.until_available("reading leases", lambda: startup.peers(manager, own, stop), stop)
-    startup.check_routes(kernel, config, external, own, peers)
-    daemon = Daemon(options, manager, kernel, config, external, backend, own, stop, ready)
-    daemon.prepare(startup.new_devices(backend, existing))
-    try:
+def serve_once(options: Options, environ: Mapping[str, str], stop: Event, readiness: Readiness) -> Outcome:
+    """One daemon from start to end; raises NetworkError when it cannot start."""
+    saved = snapshot.last_known(Path(options.state_dir))
+    previous = startup.previous_lease(Path(options.subnet_file), saved)
+    manager = startup.subnet_manager(options, previous, environ)
+    with ExitStack() as held:
+        kernel = held.enter_context(closing(NetlinkKernel()))
+
+        def claim(devices: Sequence[str]) -> None:
+            for lock in lock_devices(devices):
+                held.enter_context(closing(lock))
+
+        source = startup.Source(manager, saved, stop, readiness)
+        start = startup.decide(options, kernel, source, previous, saved, claim)
+        daemon = Daemon(options, manager, kernel, start, stop, readiness)
+        daemon.prepare()
         return daemon.run()
+
+
+def serve(
+    options: Options, environ: Mapping[str, str], termination: Termination, readiness: Readiness
+) -> int:
+    """Daemons, one after the other, until one ends for good; returns the exit code."""
+    lock = lock_subnet_file(Path(options.subnet_file))
+    try:
+        while True:
+            outcome = serve_once(options, environ, termination.fresh(), readiness)
+            if outcome is not Outcome.START_OVER or termination.asked:
+                logger.info("Exiting cleanly...")
+                return max(0, outcome.value)
     finally:
-        for claim in claims:
-            claim.close()
         os.close(lock)
 
 
-def serve_with_probes(options: Options, stop: Event) -> int:
+def serve_with_probes(options: Options, environ: Mapping[str, str], termination: Termination) -> int:
     """`serve`, with the health server beside it if one is asked for."""
-    ready = Event()
+    readiness = Readiness()
     if options.healthz_port <= 0:
-        return serve(options, stop, ready)
-    # Imported only now: most of its weight is the standard library's HTTP server.
-    from flanneld.health import HealthServer
-
-    server = HealthServer(options.healthz_ip, options.healthz_port, ready)
+        return serve(options, environ, termination, readiness)
+    server = HealthServer(options.healthz_ip, options.healthz_port, readiness)
     try:
-        return serve(options, stop, ready)
+        return serve(options, environ, termination, readiness)
     finally:
         server.close()
 
@@ -90,25 +102,23 @@ def run(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         sys.stderr.write(f"{exc}\n{flags.usage(argv[0])}")
         return 0
     options = parsed.options
-    log.setup(options.v)
+    log.setup(options.v, options.vmodule, options.log_backtrace_at)
     for warning in parsed.warnings:
         logger.warning("%s", warning)
-    stop = Event()
+    termination = Termination()
 
     def on_signal(_number: int, _frame: object) -> None:
         # A second signal of the kind ends the process at once, as upstream.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        stop.set()
+        termination.ask()
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
     try:
         flags.check_ranges(options)
-        if refusal := flags.not_yet(options):
-            raise ConfigError(refusal)
         logger.info("Starting flanneld %s: %s", __version__, options.redacted())
-        return serve_with_probes(options, stop)
+        return serve_with_probes(options, environ, termination)
     except startup.Stopped:
         logger.info("Exiting cleanly...")
         return 0

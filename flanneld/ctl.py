@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import click
@@ -60,14 +62,11 @@ def get(what: str, output: str, state_dir: Path) -> None:
 
 
 def _entries(what: str, node: snapshot.NodeState, source: str) -> list[view.Row]:
-    backend = build(node.config, node.external, source)
-    wanted = desired(backend, node.own, iter(node.peers))
-    kernel = NetlinkKernel()
-    try:
-        actual = kernel.snapshot(backend.scope(node.config))
-    finally:
-        kernel.close()
-    return view.compare(what, wanted, actual)
+    with closing(NetlinkKernel()) as kernel:
+        on_link, release = kernel.on_link(node.external.name), os.uname().release
+        backend = build(node.config, node.external, source, on_link=on_link, release=release)
+        wanted = desired(backend, node.own, node.peers)
+        return view.compare(what, wanted, kernel.snapshot(backend.scope(node.config)))
 
 
 def main() -> None:

@@ -81,6 +81,35 @@ def _split(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
 
 
+def _modules(text: str) -> tuple[tuple[str, int], ...]:
+    """klog's `pattern=N,...`; level 0 raises nothing and is left out."""
+    found = []
+    for part in filter(None, text.split(",")):
+        pattern, equals, level = part.partition("=")
+        if not (pattern and equals and _DECIMAL.fullmatch(level)):
+            raise ValueError("syntax error: expect comma-separated list of filename=N")
+        found.append((pattern, _not_negative(level, "vmodule level")))
+    return tuple((pattern, level) for pattern, level in found if level)
+
+
+def _place(text: str) -> str:
+    """klog's `file.go:234`, in one spelling; line 0 is no place."""
+    if not text:
+        return ""
+    file, colon, line = text.partition(":")
+    if "." not in file or not (colon and _DECIMAL.fullmatch(line)):
+        raise ValueError("syntax error: expect file.go:234")
+    number = _not_negative(line, "line")
+    return f"{file}:{number}" if number else ""
+
+
+def _not_negative(digits: str, what: str) -> int:
+    number = _in_range(digits, 10, 32)
+    if number < 0:
+        raise ValueError(f"negative value for {what}")
+    return number
+
+
 @dataclass(frozen=True, slots=True)
 class _Kind:
     """A type of flag: how usage names it, what a good value is, and how to read one."""
@@ -95,6 +124,8 @@ _COMMAS = _Kind("string", "a comma list", _split)
 _EACH = _Kind("value", "any text", str)
 _INTEGER = _Kind("int", "a whole number", _int)
 _LEVEL = _Kind("value", "a decimal number", _level)
+_MODULES = _Kind("value", "a comma list of pattern=N", _modules)
+_PLACE = _Kind("value", "file.py:N", _place)
 _SWITCH = _Kind("", "true or false", _bool)
 
 
@@ -200,13 +231,21 @@ class Options:
     set_node_network_unavailable: bool = field(
         default=True, metadata=_flag(_SWITCH, "clear the node's NetworkUnavailable condition when up")
     )
-    v: int = field(default=0, metadata=_flag(_LEVEL, "verbosity of the log"))
-    vmodule: str = field(
-        default="", metadata=_flag(_EACH, "verbosity by file, as comma-separated pattern=N; accepted, unused")
+    v: int = field(
+        default=0,
+        metadata=_flag(_LEVEL, "verbosity of the log; 2 adds changes of leases, 4 operations on the kernel"),
+    )
+    vmodule: tuple[tuple[str, int], ...] = field(
+        default=(),
+        metadata=_flag(
+            _MODULES, "verbosity by source file, as comma-separated pattern=N: reconcile=4,etc*=2"
+        ),
     )
     log_backtrace_at: str = field(
         default="",
-        metadata=_flag(_EACH, "file:N at which to log a stack trace; accepted, unused", "log_backtrace_at"),
+        metadata=_flag(
+            _PLACE, "file:N of a line that logs: a stack trace follows what it logs", "log_backtrace_at"
+        ),
     )
     lease_db: str = field(
         default="",
@@ -352,7 +391,7 @@ def _from_environment(values: dict[str, Any], environ: Mapping[str, str]) -> lis
         except ValueError as exc:
             warnings.append(
                 f"{flag.variable} {_quoted(text)} is ignored ({exc}): it must be {flag.kind.right}; "
-                f"--{flag.name} stays {_shown(flag.default)}"
+                f"--{flag.name} stays {_shown(flag.default) or 'unset'}"
             )
     return warnings
 
@@ -396,13 +435,3 @@ def check_ranges(options: Options) -> None:
             f"--subnet-lease-renew-margin is {margin}: it must be from 1 to 1439 minutes, "
             f"for a lease lasts 1440"
         )
-
-
-def not_yet(options: Options) -> str | None:
-    """One line about the options asked for that this version cannot serve; None if there are none."""
-    asked = {
-        "--kube-subnet-mgr": options.kube_subnet_mgr,
-        "--ip-blackhole-route": options.ip_blackhole_route,
-    }
-    names = [name for name, given in asked.items() if given]
-    return f"{' and '.join(names)} cannot be served by this version: leave it out" if names else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from cni.errors import ConfigError
@@ -12,12 +12,15 @@ from cni.net.netlink import (
     IFA_F_DEPRECATED,
     IFA_F_PERMANENT,
     IFA_F_TEMPORARY,
+    RTN_UNICAST,
     AddressInfo,
     LinkInfo,
     RouteInfo,
 )
 
 IPAddress = IPv4Address | IPv6Address
+
+_IFA_F_DADFAILED = 0x08  # linux/if_addr.h: another host on the link has this IPv6 address
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,21 @@ def select(host: Host, wanted: Wanted) -> ExternalInterface:
     raise ConfigError(f"no external interface: {'; '.join(failures)}. Interfaces here: {shown}")
 
 
+def refresh(host: Host, wanted: Wanted, current: ExternalInterface) -> ExternalInterface:
+    """The choice to hold on to while the daemon runs; raises ConfigError as `select`.
+
+    As long as the interface keeps the addresses chosen at first, only its MTU is followed: an address
+    that was added in front of them is no reason to tell peers another one.
+    """
+    link = next((link for link in host.links if link.name == current.name), None)
+    if link is not None and link.mtu:
+        usable = _usable(host, link)
+        if all(address is None or address in usable for address in (current.address, current.address6)):
+            return replace(current, mtu=link.mtu)
+    found = select(host, wanted)
+    return current if replace(found, reason=current.reason) == current else found
+
+
 @dataclass(frozen=True, slots=True)
 class _Found:
     link: LinkInfo
@@ -113,6 +131,8 @@ def _by_name(flag: str, name: str) -> _Look:
         if link is None:
             hint = "; a NATed public IP needs --iface as well" if flag == "--public-ip" else ""
             raise _NoMatch(f"{flag}={name}: no interface has this address{hint}")
+        if literal in _duplicates(host, link):
+            raise _NoMatch(f"{flag}={name}: {link.name} has this address, but another host has it too")
         if wanted.ipv4 and wanted.ipv6:
             _same_owner(host, wanted, literal, link, flag)
         return _Found(link, f"it has the address {flag}={name}", (literal,))
@@ -129,8 +149,16 @@ def _same_owner(host: Host, wanted: Wanted, literal: IPAddress, link: LinkInfo, 
         raise _NoMatch(f"{flag}={literal} is on {link.name}, --public-ipv6={other} is not")
 
 
+# RE2 (Go's syntax) has these, Python's `re` reads them as something else without a word.
+_POSIX_CLASS = re.compile(r"\[:\^?[a-z]+:\]")
+
+
 def _by_regex(pattern: str) -> _Look:
     def look(host: Host, wanted: Wanted) -> _Found:
+        if unknown := _POSIX_CLASS.search(pattern):
+            raise _NoMatch(
+                f"--iface-regex={pattern}: {unknown[0]} is not supported; write a range such as a-z"
+            )
         try:
             matches = re.compile(pattern).search
         except re.error as exc:
@@ -170,7 +198,8 @@ def _by_default_route(host: Host, wanted: Wanted) -> _Found:
     links = []
     for version in _versions(wanted):
         any_address = "0.0.0.0/0" if version == 4 else "::/0"
-        route = next((r for r in host.defaults if r.dst == any_address), None)
+        # The kernel shows `unreachable default` as a route by lo in IPv6; it leads nowhere.
+        route = next((r for r in host.defaults if r.dst == any_address and r.kind == RTN_UNICAST), None)
         if route is None:
             raise _NoMatch(
                 f"there is no IPv{version} default route in the main table; name the interface with --iface"
@@ -200,7 +229,9 @@ def _finish(
     address6 = next((a for a in usable if isinstance(a, IPv6Address)), None) if wanted.ipv6 else None
     for enabled, have, version in ((wanted.ipv4, address, 4), (wanted.ipv6, address6, 6)):
         if enabled and have is None:
-            raise _NoMatch(f"{link.name} ({found.reason}) has no usable IPv{version} address")
+            taken = ", ".join(str(a) for a in _duplicates(host, link) if a.version == version)
+            why = f"; another host has {taken} too" if taken else ""
+            raise _NoMatch(f"{link.name} ({found.reason}) has no usable IPv{version} address{why}")
     if link.mtu == 0:
         raise _NoMatch(f"{link.name} ({found.reason}) has an MTU of 0")
     return ExternalInterface(
@@ -235,14 +266,26 @@ def _owner(host: Host, address: IPAddress) -> LinkInfo | None:
     return next((link for link in host.links if link.ifindex in indexes), None)
 
 
+def _duplicates(host: Host, link: LinkInfo) -> list[IPAddress]:
+    """Addresses for which duplicate address detection failed: packets to them go to somebody else."""
+    infos = (info for info in host.addresses if info.ifindex == link.ifindex)
+    return [ip_address(info.address) for info in infos if info.flags & _IFA_F_DADFAILED]
+
+
 def _usable(host: Host, link: LinkInfo) -> list[IPAddress]:
     """Usable addresses, best first: global before link-local, permanent before dynamic,
-    non-temporary before temporary, else as the kernel lists them (upstream: pkg/ip/iface.go)."""
+    non-temporary before temporary, else as the kernel lists them (upstream: pkg/ip/iface.go).
+
+    Decision: an IPv6 address whose uniqueness is still being proven counts as any other. It will be in
+    order a second later, and a choice that depends on the moment of the start would tell peers another
+    address after each boot. One that was found to be a duplicate does not count.
+    """
+    duplicates = _duplicates(host, link)
     found = []
     for info in host.addresses:
         address = ip_address(info.address)
         unfit = address.is_loopback or address.is_multicast or address.is_unspecified
-        if info.ifindex != link.ifindex or unfit or info.flags & IFA_F_DEPRECATED:
+        if info.ifindex != link.ifindex or unfit or info.flags & IFA_F_DEPRECATED or address in duplicates:
             continue
         rank = (
             address.is_link_local,

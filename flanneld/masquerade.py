@@ -12,6 +12,7 @@ variants differ in small ways (mask of the mark, fourth rule); this too is kept 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
 
@@ -63,7 +64,9 @@ def render(spec: FirewallSpec) -> Ruleset:
         _masquerade_chain(r, spec.random_fully) for r in spec.families if r.subnet and spec.masquerade
     ]
     forward = [_forward_chain(r) for r in spec.families if spec.forward]
-    return Ruleset(chains=(*masquerade, *forward), nft=_nft_transaction(spec))
+    by_family = {ranges.family: _nft_chains(spec, ranges) for ranges in spec.families}
+    tables = {table: by_family.get(table.family, []) for table in NFT_TABLES}
+    return Ruleset((*masquerade, *forward), _nft_transaction(tables), _nft_listing(tables))
 
 
 def _masquerade_chain(ranges: FamilyRanges, random_fully: bool) -> ChainRules:
@@ -98,54 +101,91 @@ def _forward_chain(ranges: FamilyRanges) -> ChainRules:
     )
 
 
-def _nft_transaction(spec: FirewallSpec) -> str:
-    """Both tables, made anew: created (so that they can be deleted), deleted, filled.
+@dataclass(frozen=True, slots=True)
+class _NftChain:
+    """A base chain in the words of nft; its priority is set as a number and printed as a word."""
 
-    Replacing the table also repairs what flushing cannot: a chain with another hook or priority.
-    """
-    lines: list[str] = []
-    for table in NFT_TABLES:
-        lines += [
-            f"add table {table}",
-            f"delete table {table}",
-            f'add table {table} {{ comment "rules for {table.name}" ; }}',
-        ]
-    for ranges in spec.families:
-        if spec.masquerade and ranges.subnet is not None:
-            lines += _nft_masquerade(ranges, spec.random_fully)
-        if spec.forward:
-            lines += _nft_forward(ranges)
-    return "\n".join([*lines, ""])
+    name: str
+    hook: str
+    priority: int
+    priority_word: str
+    comment: str
+    rules: tuple[str, ...]
 
 
-def _nft_masquerade(ranges: FamilyRanges, random_fully: bool) -> list[str]:
+_NftTables = Mapping[NftTable, Sequence[_NftChain]]
+
+
+def _nft_chains(spec: FirewallSpec, ranges: FamilyRanges) -> list[_NftChain]:
+    chains = []
+    if spec.masquerade and ranges.subnet is not None:
+        chains.append(_nft_masquerade(ranges, spec.random_fully))
+    if spec.forward:
+        chains.append(_nft_forward(ranges))
+    return chains
+
+
+def _nft_masquerade(ranges: FamilyRanges, random_fully: bool) -> _NftChain:
     ip, network, subnet = ranges.family.value, ranges.network, ranges.subnet
     masquerade = "masquerade fully-random" if random_fully else "masquerade"
-    return _nft_chain(
-        f"{_TABLES[ranges.family]} postrtg",
-        "type nat hook postrouting priority 100",
+    return _NftChain(
+        "postrtg",
+        "type nat hook postrouting",
+        100,
+        "srcnat",
         "chain to manage traffic masquerading by flannel",
-        [
-            "meta mark 0x4000 return",
+        (
+            "meta mark 0x00004000 return",
             f"{ip} saddr {subnet} {ip} daddr {network} return",
             f"{ip} saddr {network} {ip} daddr {subnet} return",
             f"{ip} saddr != {subnet} {ip} daddr {network} return",
             f"{ip} saddr {network} {ip} daddr != {_MULTICAST[ranges.family]} {masquerade}",
             f"{ip} saddr != {network} {ip} daddr {network} {masquerade}",
-        ],
+        ),
     )
 
 
-def _nft_forward(ranges: FamilyRanges) -> list[str]:
+def _nft_forward(ranges: FamilyRanges) -> _NftChain:
     ip, network = ranges.family.value, ranges.network
-    return _nft_chain(
-        f"{_TABLES[ranges.family]} forward",
-        "type filter hook forward priority 0",
+    return _NftChain(
+        "forward",
+        "type filter hook forward",
+        0,
+        "filter",
         "chain to accept flannel traffic",
-        [f"{ip} saddr {network} accept", f"{ip} daddr {network} accept"],
+        (f"{ip} saddr {network} accept", f"{ip} daddr {network} accept"),
     )
 
 
-def _nft_chain(name: str, hook: str, comment: str, rules: list[str]) -> list[str]:
-    head = f'add chain {name} {{ {hook} ; policy accept ; comment "{comment}" ; }}'
-    return [head, *(f"add rule {name} {rule}" for rule in rules)]
+def _nft_transaction(tables: _NftTables) -> str:
+    """Both tables, made anew: created (so that they can be deleted), deleted, filled.
+
+    Replacing the table also repairs what flushing cannot: a chain with another hook or priority.
+    """
+    lines: list[str] = []
+    for table in tables:
+        lines += [
+            f"add table {table}",
+            f"delete table {table}",
+            f'add table {table} {{ comment "rules for {table.name}" ; }}',
+        ]
+    for table, chains in tables.items():
+        for chain in chains:
+            head = f'{chain.hook} priority {chain.priority} ; policy accept ; comment "{chain.comment}" ;'
+            lines.append(f"add chain {table} {chain.name} {{ {head} }}")
+            lines += [f"add rule {table} {chain.name} {rule}" for rule in chain.rules]
+    return "\n".join([*lines, ""])
+
+
+def _nft_listing(tables: _NftTables) -> str:
+    """What nft prints of both tables."""
+    return "".join(
+        f'table {table} {{\n\tcomment "rules for {table.name}"\n' + "\n".join(map(_nft_block, chains)) + "}\n"
+        for table, chains in tables.items()
+    )
+
+
+def _nft_block(chain: _NftChain) -> str:
+    head = (f'comment "{chain.comment}"', f"{chain.hook} priority {chain.priority_word}; policy accept;")
+    inside = "".join(f"\t\t{line}\n" for line in (*head, *chain.rules))
+    return f"\tchain {chain.name} {{\n{inside}\t}}\n"

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from ipaddress import IPv4Network, IPv6Network, ip_network
 
 from cni.errors import ConfigError
-from cni.net.netlink import RTN_UNICAST, AddressInfo, LinkInfo, RouteInfo
+from cni.net.netlink import RTN_UNICAST, RTPROT_FLANNEL, AddressInfo, LinkInfo, RouteInfo
 from flanneld.iface import ExternalInterface
 from flanneld.lease import Lease
 
@@ -46,8 +46,9 @@ def check_routes(
 
     Not a collision: a default route, or a wider one through gateways (ours are more specific and win);
     what lies in our own subnet (the pods' bridge); the subnet of a lease (it is ours to take over);
-    flannel's own links; the pods' bridge with the subnet of an earlier lease; and a subnet as long as
-    ours through a gateway on the external interface, as flannel's host-gw backend leaves it behind.
+    flannel's own links; the pods' bridge with the subnet of an earlier lease; a route that we marked
+    on whatever was the external interface then; and a subnet as long as ours through a gateway on the
+    external interface, as upstream leaves it behind (host-gw, DirectRouting).
     """
     mine = own.subnet if network.version == 4 else own.subnet6
     leased = {str(p.subnet if network.version == 4 else p.subnet6) for p in peers}
@@ -55,6 +56,8 @@ def check_routes(
         name = names.get(route.ifindex, "")
         dst = ip_network(route.dst)
         if route.kind != RTN_UNICAST or not _overlap(network, dst) or name.startswith("flannel"):
+            continue
+        if route.protocol == RTPROT_FLANNEL:
             continue
         # A route of several next hops names no single gateway and no link.
         gatewayed = bool(route.via) or not name

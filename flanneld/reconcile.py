@@ -16,16 +16,17 @@ values that are replaced, never changed: the watching threads read them without 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from ipaddress import IPv4Network, IPv6Network
-from itertools import chain
 from threading import Lock
 
 from cni.errors import KernelError, NetworkError
-from cni.net.entries import Entry, NetState, state
+from cni.net.entries import Blackhole, Entry, NetState, state
 from cni.net.kernel import Change
 from cni.net.plan import Kernel, Operation, Refused, plan
-from flanneld.backend.protocol import Backend
+from flanneld import metrics
+from flanneld.backend.protocol import Backend, Clash, merge
 from flanneld.config import NetConf
 from flanneld.lease import Change as LeaseChange
 from flanneld.lease import Lease, LeaseSet, Snapshot, Update
@@ -66,6 +67,7 @@ class Reconciler:
         own: Lease,
         clock: Clock,
         chores: Mapping[WorkKey, Callable[[], None]],
+        blackholes: tuple[Blackhole, ...] = (),
     ) -> None:
         self.queue: RateLimitedQueue[WorkKey] = RateLimitedQueue(
             clock, ExponentialLimiter(_RETRY_BASE_S, _RETRY_CAP_S)
@@ -74,7 +76,8 @@ class Reconciler:
         self.wanted: NetState = {}
         self._kernel = kernel
         self._backend = backend
-        self._scope = backend.scope(config)
+        self._scope = backend.scope(config)._replace(blackholes=tuple(entry.dst for entry in blackholes))
+        self._blackholes = blackholes
         self._own = own
         self._chores = chores
         self._programmed: dict[str, tuple[Entry, ...]] = {}
@@ -84,7 +87,9 @@ class Reconciler:
         # Guards the replacement of `leases`, which the store's thread and the worker both do.
         self._folding = Lock()
         self._suspects: dict[str, Lease] = {}
+        self._doubtful: dict[str, Lease] = {}
         self._passed_over: set[str] = set()
+        self._clashes: set[Clash] = set()
         self._trouble: dict[WorkKey, OncePerChange] = {}
         self.on_peers_programmed: Callable[[], None] = lambda: None
 
@@ -92,17 +97,25 @@ class Reconciler:
 
     def lease_update(self, update: Update) -> None:
         """Take in what the store reports; returns at once."""
-        if isinstance(update, Snapshot) and self._peers_known:
+        if isinstance(update, Snapshot):
             update = self._with_suspects(update)
         with self._folding:
             self.leases = self.leases.fold(update)
+        metrics.LEASES.set(len(self.leases.by_key))
         if isinstance(update, Snapshot):
             self._peers_known = True
+            self.queue.add(NETWORK)
+        elif len({change.lease is None for change in update}) > 1:
+            # A node's lease may have another key now. Seen as a whole, the new comes before the old goes.
             self.queue.add(NETWORK)
         else:
             for change in update:
                 if change.key != self._own.key:
                     self.queue.add(("peer", change.key))
+
+    def keep_doubtful(self, peers: Iterable[Lease]) -> None:
+        """Peers of an earlier run that the store may have lost: the next snapshot does not end them."""
+        self._doubtful = {lease.key: lease for lease in peers}
 
     def _with_suspects(self, snapshot: Snapshot) -> Snapshot:
         """A snapshot without our own lease is of a store that lost its data: peers will write theirs again.
@@ -110,16 +123,16 @@ class Reconciler:
         Those it does not have are kept for a while, and then dropped unless the store named them again.
         """
         found = {lease.key for lease in snapshot.leases}
-        if self._own.key in found:
-            return snapshot
-        kept = {key: lease for key, lease in self.leases.by_key.items() if key not in found}
-        kept.pop(self._own.key, None)
+        lost = self._peers_known and self._own.key not in found
+        before = {**self._doubtful, **(self.leases.by_key if lost else {})}
+        self._doubtful = {}
+        kept = {key: lease for key, lease in before.items() if key not in found and key != self._own.key}
         if kept:
             logger.warning("The store lost our lease; %d peers it lost are kept for %d s", len(kept), GRACE_S)
         for key, lease in kept.items():
             self._suspects[key] = lease
             self.queue.add_after(("suspect", key), GRACE_S)
-        return Snapshot((*snapshot.leases, *kept.values()))
+        return Snapshot((*snapshot.leases, *kept.values())) if kept else snapshot
 
     def _drop_suspect(self, key: str) -> None:
         lease = self._suspects.pop(key, None)
@@ -138,7 +151,7 @@ class Reconciler:
 
     def prepare(self) -> list[Refused]:
         """Bring our own device into shape, before any peer is known; removes nothing."""
-        self.wanted = state(self._backend.base(self._own))
+        self.wanted = state(self._base())
         actual = self._kernel.snapshot(self._scope)
         operations = [op for op in plan(self.wanted, actual) if op.verb == "put" or op.entry.rank == 0]
         return self._kernel.apply(operations)
@@ -158,10 +171,12 @@ class Reconciler:
 
     def _work(self, key: WorkKey) -> None:
         trouble = self._trouble.setdefault(key, OncePerChange())
+        metrics.QUEUE_DEPTH.set(len(self.queue))
         try:
             self._handle(key)
         except NetworkError as exc:
             trouble.trouble(str(exc))
+            metrics.QUEUE_RETRIES.inc()
             self.queue.add_rate_limited(key)
         else:
             trouble.over(f"{' '.join(key)}: in order again")
@@ -170,9 +185,11 @@ class Reconciler:
 
     def _handle(self, key: WorkKey) -> None:
         if key == NETWORK:
-            self._network()
+            with metrics.RECONCILE_S.labels("network").time():
+                self._network()
         elif key[0] == "peer":
-            self._peer(key[1])
+            with metrics.RECONCILE_S.labels("peer").time():
+                self._peer(key[1])
         elif key[0] == "suspect":
             self._drop_suspect(key[1])
         else:
@@ -185,25 +202,57 @@ class Reconciler:
             return
         self.queue.add_after(NETWORK, RESYNC_S)
         peers = {lease.key: self._entries(lease) for lease in self.leases.peers(self._own)}
-        entries = [*self._backend.base(self._own), *chain.from_iterable(peers.values())]
-        self._programmed, self.wanted = peers, state(entries)
-        self._shared = len(self.wanted) < len(entries)
-        refused = self._apply(plan(self.wanted, self._kernel.snapshot(self._scope)))
+        base = self._base()
+        before = self.wanted
+        self.wanted, clashes = merge(base, peers)
+        self._report(clashes)
+        self._programmed = peers
+        self._shared = len(self.wanted) < len(base) + sum(map(len, peers.values()))
+        operations = plan(self.wanted, self._kernel.snapshot(self._scope))
+        drifted = [operation for operation in operations if is_foreign(operation, before)]
+        for operation in drifted:
+            metrics.DRIFT.labels(operation.entry.key[0]).inc()
+        refused = self._apply(operations)
+        metrics.DRIFT_REPAIRED.inc(max(0, len(drifted) - len(refused)))
+        metrics.PEERS_PASSED_OVER.set(len(self._passed_over))
         # One peer that the kernel does not take must not keep the node from serving all others.
         if all(r.operation.entry.rank > _ADDRESS_RANK for r in refused):
             self.on_peers_programmed()
         self._raise(refused)
 
+    def _base(self) -> list[Entry]:
+        return [*self._backend.base(self._own), *self._blackholes]
+
+    def _report(self, clashes: Sequence[Clash]) -> None:
+        """Say once of each lease that another has what it asks for."""
+        for clash in clashes:
+            if clash not in self._clashes:
+                what = " ".join(clash.entry.key)
+                logger.warning(
+                    "Leases %s and %s ask for the same %s; %s has it",
+                    clash.winner,
+                    clash.loser,
+                    what,
+                    clash.winner,
+                )
+        self._clashes = set(clashes)
+
     def _entries(self, lease: Lease) -> tuple[Entry, ...]:
-        """What reaches a peer; nothing, and said once, for a lease that would take our own routes away."""
-        fault = misplaced(lease, self._own, self._config)
-        if not fault:
+        """What reaches a peer, less a family whose subnet would take our own routes away (said once)."""
+        faults = misplaced(lease, self._own, self._config)
+        if not faults:
             self._passed_over.discard(lease.key)
             return tuple(self._backend.peer(lease))
         if lease.key not in self._passed_over:
             self._passed_over.add(lease.key)
-            logger.warning("Lease %s of %s is passed over: %s", lease.key, lease.attrs.public_ip, fault)
-        return ()
+            said = " and ".join(faults.values())
+            logger.warning("Lease %s of %s is passed over: %s", lease.key, lease.attrs.public_ip, said)
+        usable = replace(
+            lease,
+            subnet=None if 4 in faults else lease.subnet,
+            subnet6=None if 6 in faults else lease.subnet6,
+        )
+        return tuple(self._backend.peer(usable))
 
     def _peer(self, key: str) -> None:
         if not self._peers_known:
@@ -236,8 +285,12 @@ class Reconciler:
         for operation in operations:
             logger.debug("%s %s", operation.verb, operation.entry)
         refused = self._kernel.apply(operations)
+        puts = sum(op.verb == "put" for op in operations)
+        metrics.OPERATIONS.labels("put").inc(puts)
+        metrics.OPERATIONS.labels("drop").inc(len(operations) - puts)
+        for refusal in refused:
+            metrics.REFUSALS.labels(refusal.operation.verb).inc()
         if len(refused) < len(operations):
-            puts = sum(op.verb == "put" for op in operations)
             logger.info(
                 "Network reconciled: put=%d drop=%d refused=%d", puts, len(operations) - puts, len(refused)
             )
@@ -248,8 +301,8 @@ class Reconciler:
             raise KernelError(explain(refused))
 
 
-def misplaced(lease: Lease, own: Lease, config: NetConf) -> str:
-    """Why a peer's subnet must not be routed to it, empty if it may be.
+def misplaced(lease: Lease, own: Lease, config: NetConf) -> dict[int, str]:
+    """For each address family (4, 6) in which a peer's subnet must not be routed to it, why not.
 
     A subnet outside of the network, or one that overlaps ours, would replace routes that are not flannel's.
     """
@@ -257,15 +310,16 @@ def misplaced(lease: Lease, own: Lease, config: NetConf) -> str:
         (lease.subnet, config.network, own.subnet),
         (lease.subnet6, config.ipv6_network, own.subnet6),
     )
+    faults: dict[int, str] = {}
     for subnet, network, ours in pairs:
         if subnet is None or network is None:
             continue
         inside = network.network_address <= subnet.network_address and subnet.prefixlen > network.prefixlen  # type: ignore[operator] # one family a pair
         if not (inside and subnet.overlaps(network)):
-            return f"{subnet} is not inside the network {network}"
-        if ours is not None and subnet.overlaps(ours):
-            return f"{subnet} overlaps our own subnet {ours}"
-    return ""
+            faults[subnet.version] = f"{subnet} is not inside the network {network}"
+        elif ours is not None and subnet.overlaps(ours):
+            faults[subnet.version] = f"{subnet} overlaps our own subnet {ours}"
+    return faults
 
 
 def is_drift(change: Change, wanted: NetState) -> bool:
@@ -280,8 +334,18 @@ def is_drift(change: Change, wanted: NetState) -> bool:
     return wanted.get(change.entry.key) != change.entry
 
 
+def is_foreign(operation: Operation, before: NetState) -> bool:
+    """Whether an operation undoes what somebody else did to entries that were wanted `before` as now."""
+    if not before:
+        return False
+    if operation.verb == "put":
+        return before.get(operation.entry.key) == operation.entry
+    return operation.entry.key not in before
+
+
 _REMEDIES = {
     errno.EPERM: "flanneld needs CAP_NET_ADMIN; run it as root or add the capability",
+    errno.EACCES: "IPv6 may be off for new devices; see: sysctl net.ipv6.conf.default.disable_ipv6",
     errno.EOPNOTSUPP: "the kernel lacks this kind of device; load its module: modprobe vxlan",
     errno.EADDRINUSE: "the UDP port is taken; find the owner with: ss -lunp, or set Backend.Port",
     errno.EEXIST: "another device has the same VNI and port; find it with: ip -d link show type vxlan",

@@ -1,4 +1,4 @@
-"""What the daemon last knew, on disk: for flannelctl, which shows it beside what the kernel holds.
+"""What the daemon last knew, on disk: for a start without the store, and for flannelctl.
 
 The file `state.json` in the state directory holds the network configuration, the external interface,
 our lease and those of all peers. It is replaced as a whole, never changed in place.
@@ -17,6 +17,7 @@ from cni.spec import gojson
 from flanneld.config import NetConf, parse_netconf
 from flanneld.iface import ExternalInterface
 from flanneld.lease import Attributes, Lease
+from flanneld.log import logger
 
 FORMAT = 1
 NAME = "state.json"
@@ -81,8 +82,7 @@ def parse(text: str, source: str) -> NodeState:
 def write(directory: Path, state: NodeState) -> None:
     """Replace the file atomically, mode 0600; raises OSError.
 
-    Not flushed to the disk: after a crash of the machine it is either the old file or a torn one, and
-    both only cost the reader an error.
+    Flushed to the disk first: it is what a node that reboots without its store starts from.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     temporary = directory / f".{NAME}.tmp"
@@ -90,7 +90,25 @@ def write(directory: Path, state: NodeState) -> None:
     descriptor = os.open(temporary, flags, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(render(state))
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(directory / NAME)
+
+
+def same_config(one: NetConf, other: NetConf) -> bool:
+    """Whether two configurations are the same once both have been through the file."""
+    return _config(one) == _config(other)
+
+
+def last_known(directory: Path) -> NodeState | None:
+    """The state of an earlier run to start from if need be; None, with a warning, if it cannot be read."""
+    if not (directory / NAME).exists():
+        return None
+    try:
+        return load(directory)
+    except ConfigError as exc:
+        logger.warning("%s; starting without it", exc)
+        return None
 
 
 def load(directory: Path) -> NodeState:

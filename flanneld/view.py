@@ -5,17 +5,17 @@ from __future__ import annotations
 import datetime
 from collections.abc import Mapping
 
-from cni.net.entries import Entry, FdbEntry, Neighbour, NetState, Route
+from cni.net.entries import Blackhole, Entry, FdbEntry, Neighbour, NetState, Route
 from cni.spec import gojson
 from flanneld.lease import Lease
 from flanneld.snapshot import NodeState
 
 Row = dict[str, object]
 
-KINDS: Mapping[str, type[Route | Neighbour | FdbEntry]] = {
-    "routes": Route,
-    "neighbours": Neighbour,
-    "fdb": FdbEntry,
+KINDS: Mapping[str, tuple[type[Entry], ...]] = {
+    "routes": (Route, Blackhole),
+    "neighbours": (Neighbour,),
+    "fdb": (FdbEntry,),
 }
 
 
@@ -25,8 +25,8 @@ def compare(kind: str, wanted: NetState, actual: NetState) -> list[Row]:
     `state` is `ok`, `missing` (wanted, not there), `differs` (there, but not as wanted; the row shows
     what is there and `wanted` what should be) or `unexpected` (there, and nobody wants it).
     """
-    cls = KINDS[kind]
-    keys = {key for state in (wanted, actual) for key, entry in state.items() if isinstance(entry, cls)}
+    types = KINDS[kind]
+    keys = {key for state in (wanted, actual) for key, entry in state.items() if isinstance(entry, types)}
     return [_row(wanted.get(key), actual.get(key)) for key in sorted(keys)]
 
 
@@ -45,6 +45,8 @@ def _fields(entry: Entry | None) -> Row:
         case Route():
             row: Row = {"subnet": entry.dst, "via": entry.via, "link": entry.link, "onlink": entry.onlink}
             return row | ({"metric": entry.metric} if entry.metric else {})
+        case Blackhole():
+            return {"subnet": entry.dst, "type": "blackhole", "metric": entry.metric}
         case Neighbour():
             return {"address": entry.address, "mac": entry.mac, "link": entry.link}
         case FdbEntry():
@@ -98,7 +100,14 @@ HEADERS: Mapping[str, Mapping[str, str]] = {
         "expires": "EXPIRES",
         "own": "OWN",
     },
-    "routes": {"subnet": "SUBNET", "via": "VIA", "link": "LINK", "onlink": "ONLINK", "state": "STATE"},
+    "routes": {
+        "subnet": "SUBNET",
+        "type": "TYPE",
+        "via": "VIA",
+        "link": "LINK",
+        "onlink": "ONLINK",
+        "state": "STATE",
+    },
     "neighbours": {"address": "ADDRESS", "mac": "MAC", "link": "LINK", "state": "STATE"},
     "fdb": {"mac": "MAC", "publicIP": "PUBLIC IP", "link": "LINK", "state": "STATE"},
 }

@@ -6,25 +6,26 @@ outside ── switch (br0) ──┬── node1: eth0, flannel.1, cni0 ── 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from tests.kube.cluster import kube_store
 from tests.lab.cluster import NETWORK, Cluster
-from tests.lab.net import Lab
-from tests.lab.node import etcd_store, sqlite_store
+from tests.lab.net import IPV4, Lab
+from tests.lab.node import FROZEN, etcd_store, sqlite_store
 
 
 @pytest.fixture
-def lab_of(tmp_path: Path) -> Iterator[Callable[[int], Lab]]:
-    """Make a lab with so many nodes; it is removed after the test."""
+def lab_of(tmp_path: Path) -> Iterator[Callable[..., Lab]]:
+    """Make a lab: number of nodes, address families of the underlay. It is removed after the test."""
     labs: list[Lab] = []
 
-    def make(nodes: int) -> Lab:
+    def make(nodes: int, families: Sequence[int] = IPV4) -> Lab:
         lab = Lab(tmp_path / "lab")
         labs.append(lab)
-        lab.create(nodes)
+        lab.create(nodes, families)
         return lab
 
     yield make
@@ -33,12 +34,18 @@ def lab_of(tmp_path: Path) -> Iterator[Callable[[int], Lab]]:
 
 
 @pytest.fixture
-def cluster_of(lab_of: Callable[[int], Lab]) -> Callable[..., Cluster]:
-    """Make a cluster: number of nodes, and the kind of store."""
+def cluster_of(lab_of: Callable[..., Lab]) -> Callable[..., Cluster]:
+    """Make a cluster: number of nodes, kind of store, network, families of the underlay, the daemon."""
 
-    def make(nodes: int, store: str = "sqlite", network: dict[str, object] | None = None) -> Cluster:
-        lab = lab_of(nodes)
-        kinds = {"sqlite": sqlite_store, "etcd": etcd_store}
-        return Cluster(lab, kinds[store](lab, network or NETWORK))
+    def make(
+        nodes: int,
+        store: str = "sqlite",
+        network: dict[str, object] | None = None,
+        families: Sequence[int] = IPV4,
+        command: Sequence[str] = FROZEN,
+    ) -> Cluster:
+        lab = lab_of(nodes, families)
+        kinds = {"sqlite": sqlite_store, "etcd": etcd_store, "kube": kube_store}
+        return Cluster(lab, kinds[store](lab, network or NETWORK), command)
 
     return make

@@ -1,4 +1,4 @@
-"""Kernel objects as values: link, address, neighbour, FDB entry, route.
+"""Kernel objects as values: link, address, neighbour, FDB entry, route, blackhole.
 
 Equal entries need no work; equal keys mean "replace". Addresses, prefixes and MACs are text in the
 form the kernel's tools print (RFC 5952, lower case), so that two entries compare without parsing.
@@ -14,6 +14,10 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple, Protocol
 
 Key = tuple[str, ...]
+
+# Above the metric of any other route, so that a blackhole never stands in the way of one that leads
+# somewhere: the pods' bridge has a route of the very same prefix, with the lowest metric there is.
+BLACKHOLE_METRIC = 0x7FFFFFFF
 
 
 class Entry(Protocol):
@@ -31,7 +35,7 @@ class Entry(Protocol):
 
     @property
     def link(self) -> str:
-        """Name of the link the entry lives on."""
+        """Name of the link the entry lives on, empty for none."""
         ...
 
 
@@ -54,13 +58,18 @@ class Vxlan(NamedTuple):
 
 
 class Link(NamedTuple):
-    """A link of ours. `mtu` in bytes; `mac` empty leaves the choice to the kernel."""
+    """A link of ours. `mtu` in bytes; `mac` empty leaves the choice to the kernel.
+
+    `tx_checksum` is whether the stack leaves the checksums of what is sent through the link to the
+    hardware below it; None leaves it as it is.
+    """
 
     name: str
     mtu: int
     mac: str
     up: bool
     vxlan: Vxlan
+    tx_checksum: bool | None = None
 
     @property
     def key(self) -> Key:
@@ -110,8 +119,15 @@ class Neighbour(NamedTuple):
         return 2
 
 
+_ANY_MAC = "00:00:00:00:00:00"
+
+
 class FdbEntry(NamedTuple):
-    """A permanent entry of a VXLAN device's own forwarding database: `mac` sits behind `dst`."""
+    """A permanent entry of a VXLAN device's own forwarding database: `mac` sits behind `dst`.
+
+    A unicast MAC sits behind one address; a multicast one, and the zeros that stand for every unknown
+    MAC, behind any number.
+    """
 
     link: str
     mac: str
@@ -119,7 +135,9 @@ class FdbEntry(NamedTuple):
 
     @property
     def key(self) -> Key:
-        return ("fdb", self.link, self.mac, self.dst)
+        if self.mac[1] in "13579bdf" or self.mac == _ANY_MAC:
+            return ("fdb", self.link, self.mac, self.dst)
+        return ("fdb", self.link, self.mac)
 
     @property
     def rank(self) -> int:
@@ -127,13 +145,17 @@ class FdbEntry(NamedTuple):
 
 
 class Route(NamedTuple):
-    """A unicast route of the main table; `via` empty means on-link, `metric` 0 is the IPv4 default."""
+    """A unicast route of the main table; `via` empty means on-link, `metric` 0 is the IPv4 default.
+
+    `marked` routes carry our protocol number: so they are known for ours on a link that is not.
+    """
 
     link: str
     dst: str
     via: str
     onlink: bool = False
     metric: int = 0
+    marked: bool = False
 
     @property
     def key(self) -> Key:
@@ -142,6 +164,25 @@ class Route(NamedTuple):
     @property
     def rank(self) -> int:
         return 4
+
+
+class Blackhole(NamedTuple):
+    """A route of the main table that drops what no better route takes."""
+
+    dst: str
+    metric: int = BLACKHOLE_METRIC
+
+    @property
+    def key(self) -> Key:
+        return ("blackhole", self.dst, str(self.metric))
+
+    @property
+    def rank(self) -> int:
+        return 4
+
+    @property
+    def link(self) -> str:
+        return ""
 
 
 def state(entries: Iterable[Entry]) -> dict[Key, Entry]:

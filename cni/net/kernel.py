@@ -9,13 +9,13 @@ import select
 import socket
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from ipaddress import ip_address, ip_network
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from cni.errors import KernelError
-from cni.net import netlink
-from cni.net.entries import Address, Entry, FdbEntry, Link, Neighbour, NetState, Route, state
+from cni.net import ethtool, netlink
+from cni.net.entries import Address, Blackhole, Entry, FdbEntry, Link, Neighbour, NetState, Route, state
 from cni.net.netlink import AddressInfo, LinkInfo, NeighbourInfo, RouteInfo
 from cni.net.plan import Operation, Refused, Scope
 
@@ -24,6 +24,7 @@ T = TypeVar("T")
 _SOL_NETLINK = 270
 _CAP_ACK, _EXT_ACK, _STRICT = 10, 11, 12
 _SO_RCVBUFFORCE = 33
+_FAMILIES = (socket.AF_INET, socket.AF_INET6)
 _RECEIVE_BYTES = 4 << 20
 # Messages sent in one system call. Only the last asks for an acknowledgement, refusals always
 # answer: so an answer to each message of a batch fits the receive buffer many times over.
@@ -68,12 +69,15 @@ class NetlinkKernel:
     def __init__(self) -> None:
         try:
             self._socket = _open()
+            # For ioctls; a netlink socket takes none before Linux 4.7.
+            self._control = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
         except OSError as exc:
-            raise KernelError(f"cannot open a route netlink socket: {exc.strerror}") from exc
+            raise KernelError(f"cannot open a socket to the kernel: {exc.strerror}") from exc
         self._sequence = 0
 
     def close(self) -> None:
         self._socket.close()
+        self._control.close()
 
     # ---- reading
 
@@ -90,15 +94,46 @@ class NetlinkKernel:
         """Every address of both families."""
         return self.dump(netlink.get_addresses(), netlink.RTM_NEWADDR, netlink.read_address)
 
-    def routes(self, family: int, index: int = 0) -> list[RouteInfo]:
-        """Routes of the main table, of one link if `index` is given."""
-        found = self.dump(netlink.get_routes(family, index), netlink.RTM_NEWROUTE, netlink.read_route)
-        return [r for r in found if r.table == netlink.RT_TABLE_MAIN and index in (0, r.ifindex)]
+    def routes(self, family: int, index: int = 0, protocol: int = 0, kind: int = 0) -> list[RouteInfo]:
+        """Routes of the main table; of one link, protocol or type if that is given (not 0)."""
+        request = netlink.get_routes(family, index, protocol, kind)
+        return [
+            route
+            for route in self.dump(request, netlink.RTM_NEWROUTE, netlink.read_route)
+            if route.table == netlink.RT_TABLE_MAIN
+            and index in (0, route.ifindex)
+            and protocol in (0, route.protocol)
+            and kind in (0, route.kind)
+        ]
 
     def route_to(self, address: str) -> RouteInfo | None:
         """The route the kernel would take to `address`, None if it has none."""
-        message = self._ask(netlink.route_to(address))
+        message = self._ask(netlink.route_to(netlink.packed(address)))
         return None if message.kind == netlink.NLMSG_ERROR else netlink.read_route(message.body)
+
+    def on_link(self, link: str) -> Callable[[IPv4Address | IPv6Address], bool]:
+        """Whether the kernel reaches an address over `link` without a gateway; it is asked at each call.
+
+        An IPv6 link-local address is not: without the link, which no lease names, it means nothing.
+        """
+        index = 0
+
+        def asked(address: IPv4Address | IPv6Address) -> bool:
+            nonlocal index
+            if address.version == 6 and address.is_link_local:
+                return False
+            message = self._ask(netlink.route_to(address.packed))
+            if message.kind == netlink.NLMSG_ERROR:
+                return False
+            leaves_by, gateway = netlink.read_hop(message.body)
+            if gateway:
+                return False
+            if leaves_by != index:
+                found = self.link(link)
+                index = found.ifindex if found else 0
+            return leaves_by == index
+
+        return asked
 
     def _ask(self, request: tuple[int, bytes]) -> netlink.Message:
         """Send one request and return its one answer."""
@@ -111,54 +146,76 @@ class NetlinkKernel:
         links = self.links()
         names = {link.ifindex: link.name for link in links}
         ours = [link for link in links if link.name in scope.links]
-        inside = _inside(scope.networks)
-        entries: list[Entry] = [as_link(link, names) for link in ours if link.vxlan is not None]
-        indexes = {link.ifindex for link in ours}
-        # Of an IPv6 device upstream takes every address for its own, of an IPv4 device only the network's.
-        wholly = {link.ifindex for link in ours if link.vxlan and ":" in link.vxlan.local}
-        if indexes:
-            entries += [
-                Address(names[a.ifindex], f"{a.address}/{a.length}")
-                for a in self.addresses()
-                if a.ifindex in indexes
-                and (inside(a.address) or (a.ifindex in wholly and _routable(a.address)))
-            ]
+        entries: list[Entry] = [self._link_entry(link, names, scope) for link in ours if link.vxlan]
+        if ours:
+            entries += self._addresses_of(ours, scope)
         for link in ours:
             entries += self._tables_of(link)
-        for direct in (link for link in links if link.name == scope.direct_link):
+        entries += self._marked_routes(scope, names)
+        for family in _FAMILIES if scope.blackholes else ():
             entries += [
-                as_route(route, direct.name)
-                for family in (socket.AF_INET, socket.AF_INET6)
-                for route in self.routes(family, direct.ifindex)
-                if route.via and _ours(route) and inside(route.dst)
+                Blackhole(route.dst, route.metric)
+                for route in self.routes(family, kind=netlink.RTN_BLACKHOLE)
+                if route.dst in scope.blackholes
             ]
         return state(entries)
 
+    def _link_entry(self, link: LinkInfo, names: dict[int, str], scope: Scope) -> Link:
+        entry = as_link(link, names)
+        if scope.tx_checksum is None:
+            return entry
+        try:
+            found = ethtool.tx_checksum(self._control, link.name)
+        except OSError as exc:
+            raise KernelError(f"cannot read the checksum offload of {link.name}: {exc.strerror}") from exc
+        return entry._replace(tx_checksum=scope.tx_checksum if found is None else found)
+
+    def _addresses_of(self, ours: Sequence[LinkInfo], scope: Scope) -> Iterator[Entry]:
+        inside = _inside(scope.networks)
+        by_index = {link.ifindex: link for link in ours}
+        for found in self.addresses():
+            link = by_index.get(found.ifindex)
+            if link is None:
+                continue
+            # Of an IPv6 device upstream takes every address for its own, of an IPv4 device the network's.
+            wholly = link.vxlan is not None and ":" in link.vxlan.local
+            if inside(found.address) or (wholly and _routable(found.address)):
+                yield Address(link.name, f"{found.address}/{found.length}")
+
     def _tables_of(self, link: LinkInfo) -> Iterator[Entry]:
-        for family in (socket.AF_INET, socket.AF_INET6, netlink.AF_BRIDGE):
+        for family in (*_FAMILIES, netlink.AF_BRIDGE):
             request = netlink.get_neighbours(family, link.ifindex)
             for found in self.dump(request, netlink.RTM_NEWNEIGH, netlink.read_neighbour):
                 if found.ifindex == link.ifindex and (entry := as_neighbour(found, link.name)):
                     yield entry
-        for family in (socket.AF_INET, socket.AF_INET6):
+        for family in _FAMILIES:
             yield from (as_route(r, link.name) for r in self.routes(family, link.ifindex) if _ours(r))
+
+    def _marked_routes(self, scope: Scope, names: dict[int, str]) -> Iterator[Entry]:
+        """Routes with our protocol number into our networks, on links that are not ours."""
+        inside = _inside(scope.networks)
+        for family in _FAMILIES if scope.networks else ():
+            for route in self.routes(family, protocol=netlink.RTPROT_FLANNEL):
+                name = names.get(route.ifindex, "")
+                if _ours(route) and name and name not in scope.links and inside(route.dst):
+                    yield as_route(route, name)
 
     def dump(self, request: tuple[int, bytes], answer: int, read: Callable[[bytes], T]) -> list[T]:
         """Read a whole table; one that changed while it was read is read again."""
         for _attempt in range(_MAX_INTERRUPTED_DUMPS):
-            found: list[T] = []
-            interrupted = False
             self._sequence += 1
             self._socket.send(netlink.message(request[0], netlink.NLM_F_DUMP, self._sequence, request[1]))
+            found: list[T] = []
+            interrupted = False
             for message in self._answers():
                 interrupted |= bool(message.flags & netlink.NLM_F_DUMP_INTR)
-                if message.kind == netlink.NLMSG_DONE:
-                    break
-                if message.kind == netlink.NLMSG_ERROR:
-                    code, text = netlink.error(message)
-                    raise KernelError(f"cannot read kernel table {request[0]}: {text or os.strerror(code)}")
                 if message.kind == answer:
                     found.append(read(message.body))
+                elif message.kind == netlink.NLMSG_DONE:
+                    break
+                elif message.kind == netlink.NLMSG_ERROR:
+                    code, text = netlink.error(message)
+                    raise KernelError(f"cannot read kernel table {request[0]}: {text or os.strerror(code)}")
             if not interrupted:
                 return found
         raise KernelError(f"kernel table {request[0]} changes faster than it can be read")
@@ -191,22 +248,34 @@ class NetlinkKernel:
         refused: list[Refused] = []
         run: list[Operation] = []
         for operation in operations:
-            if not isinstance(operation.entry, Link):
+            if isinstance(operation.entry, Link):
+                refused += self._send(run)
+                run = []
+                refused += self._send_link(operation, operation.entry, operations)
+            else:
                 run.append(operation)
-                continue
-            refused += self._send(run)
-            run = []
-            if operation.verb == "drop" and (lacking := self._lacks_underlay(operation.entry, operations)):
-                # A device that cannot be made again is better than none.
-                refused.append(
-                    Refused(operation, errno.ENODEV, f"no link named {lacking} to make it on again")
-                )
-                continue
-            refusals = self._send([operation])
-            if operation.verb == "put" and not refusals:
-                _ignore_router_advertisements(operation.entry.name)
-            refused += refusals
         return refused + self._send(run)
+
+    def _send_link(
+        self, operation: Operation, link: Link, operations: Sequence[Operation]
+    ) -> Sequence[Refused]:
+        if operation.verb == "drop":
+            lacking = self._lacks_underlay(link, operations)
+            # A device that cannot be made again is better than none.
+            text = f"no link named {lacking} to make it on again"
+            return [Refused(operation, errno.ENODEV, text)] if lacking else self._send([operation])
+        refused = self._send([operation])
+        if refused:
+            return refused
+        _ignore_router_advertisements(link.name)
+        if link.tx_checksum is None:
+            return []
+        try:
+            ethtool.set_tx_checksum(self._control, link.name, link.tx_checksum)
+        except OSError as exc:
+            text = f"cannot set the checksum offload: {exc.strerror}"
+            return [Refused(operation, exc.errno or errno.EIO, text)]
+        return []
 
     def _lacks_underlay(self, link: Link, operations: Sequence[Operation]) -> str:
         """The underlay that is missing for the device to come in `link`'s place; empty if none is."""
@@ -220,11 +289,23 @@ class NetlinkKernel:
         """The links that the operations speak of, those that exist."""
         names = {operation.entry.link for operation in operations}
         names |= {op.entry.vxlan.underlay for op in operations if isinstance(op.entry, Link)}
-        return {name: link for name in names if (link := self.link(name))}
+        return {name: link for name in names if name and (link := self.link(name))}
 
     def _send(self, operations: Sequence[Operation]) -> list[Refused]:
-        refused: list[Refused] = []
         links = self._links_of(operations)
+        refused = self._send_batches(operations, links)
+        blocked = [r.operation for r in refused if _blocked(r)]
+        if not blocked:
+            return refused
+        # Without its gateway the route is taken, in place of what stood in the way; then so is the gateway.
+        stones = [Operation("put", _without_gateway(operation.entry)) for operation in blocked]
+        self._send_batches(stones, links)
+        again = self._send_batches(blocked, links)
+        self._send_batches([Operation("drop", r.operation.entry) for r in again], links)
+        return [r for r in refused if not _blocked(r)] + again
+
+    def _send_batches(self, operations: Sequence[Operation], links: Mapping[str, LinkInfo]) -> list[Refused]:
+        refused: list[Refused] = []
         for start in range(0, len(operations), _BATCH):
             refused += self._send_batch(operations[start : start + _BATCH], links)
         return refused
@@ -247,7 +328,7 @@ class NetlinkKernel:
             return refused
         last = self._sequence + len(bodies)
         buffer = b"".join(
-            _padded(netlink.message(kind, flags | (netlink.NLM_F_ACK if seq == last else 0), seq, body))
+            netlink.message(kind, flags | (netlink.NLM_F_ACK if seq == last else 0), seq, body)
             for seq, (kind, flags, body) in enumerate(bodies, self._sequence + 1)
         )
         # Before anything can fail: no later request may take this one's answers for its own.
@@ -281,14 +362,26 @@ def _encode(
     return netlink.put(entry, indexes, have if have and have.vxlan else None)
 
 
+def _blocked(refused: Refused) -> bool:
+    """Whether a route was refused because another one leads its gateway elsewhere.
+
+    IPv6 alone: an on-link gateway must not be routed over another link (the default route apart), be it
+    by the very route that is to be replaced (host-gw's, or a direct one) or by a wider one.
+    """
+    entry = refused.operation.entry
+    put = refused.operation.verb == "put" and refused.errno == errno.EINVAL
+    return put and isinstance(entry, Route) and entry.onlink and ":" in entry.dst
+
+
+def _without_gateway(route: Entry) -> Route:
+    assert isinstance(route, Route)  # noqa: S101 - `_blocked` lets nothing else through
+    return route._replace(via="", onlink=False)
+
+
 def _ignore_router_advertisements(link: str) -> None:
     """As upstream after creating a device; what stands in the way (no IPv6, /proc read-only) is no matter."""
     with contextlib.suppress(OSError):
         Path(f"/proc/sys/net/ipv6/conf/{link}/accept_ra").write_text("0", encoding="ascii")
-
-
-def _padded(message: bytes) -> bytes:
-    return message + b"\0" * (-len(message) % 4)
 
 
 # ---- from what the kernel shows to entries
@@ -311,7 +404,8 @@ def as_neighbour(found: NeighbourInfo, link: str) -> Entry | None:
 
 
 def as_route(route: RouteInfo, link: str) -> Route:
-    return Route(link, route.dst, route.via, route.onlink, route.metric)
+    marked = route.protocol == netlink.RTPROT_FLANNEL
+    return Route(link, route.dst, route.via, route.onlink, route.metric, marked)
 
 
 def _ours(route: RouteInfo) -> bool:
@@ -323,13 +417,24 @@ def _ours(route: RouteInfo) -> bool:
 
 
 def _inside(networks: tuple[str, ...]) -> Callable[[str], bool]:
-    parsed = [ip_network(n) for n in networks]
+    """Whether an address or prefix, `10.244.2.0/24`, lies in one of the networks."""
+    parsed = [_bits(network) for network in networks]
 
     def inside(prefix: str) -> bool:
-        found = ip_network(prefix, strict=False)
-        return any(found.version == n.version and found.subnet_of(n) for n in parsed)  # type: ignore[arg-type]
+        number, width, length = _bits(prefix)
+        return any(
+            width == w and length >= n and (number ^ network) >> (width - n) == 0 for network, w, n in parsed
+        )
 
     return inside
+
+
+def _bits(prefix: str) -> tuple[int, int, int]:
+    """The number that an address is, its width in bits, and the length of the prefix, by default all."""
+    address, _, length = prefix.partition("/")
+    raw = netlink.packed(address)
+    width = len(raw) * 8
+    return int.from_bytes(raw, "big"), width, int(length or width)
 
 
 def _routable(address: str) -> bool:
@@ -342,7 +447,7 @@ def _routable(address: str) -> bool:
 class Change(NamedTuple):
     """A kernel notification: `gone` tells a deletion; `entry` is None when only the link is known.
 
-    `link` is empty for a route that gave way to one on a link that is not watched.
+    `link` is empty for a route on no link, and for one that gave way to one on a link that is not watched.
     """
 
     gone: bool
@@ -362,10 +467,16 @@ _NEIGH = struct.Struct("=Bxxxi")
 
 
 class Monitor:
-    """Kernel notifications about some links, as `Change`s. Raises KernelError when a socket fails."""
+    """Kernel notifications as `Change`s. Raises KernelError when a socket fails.
 
-    def __init__(self, links: frozenset[str]) -> None:
-        self._wanted = links
+    Of `links` everything is told. Of the `underlay` what others than we decide on: its addresses and
+    unicast routes, and as `Change(gone, name, None)` that it came, went, or has another MTU or is
+    switched on or off. The two sets of names have none in common, so `Change.link` tells which it is.
+    """
+
+    def __init__(self, links: frozenset[str], underlay: frozenset[str] = frozenset()) -> None:
+        self._links = links
+        self._underlay = underlay
         self._socket = _open(sum(1 << (group - 1) for group in _GROUPS))
         self._socket.setblocking(False)
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -373,7 +484,13 @@ class Monitor:
         self._learn_names()
 
     def _learn_names(self) -> None:
-        self._names = {link.ifindex: link.name for link in self._kernel.links() if link.name in self._wanted}
+        wanted = self._links | self._underlay
+        # What is known of the watched links by index, to tell what of a notification is news.
+        self._known = {link.ifindex: link for link in self._kernel.links() if link.name in wanted}
+
+    def _name(self, index: int) -> str:
+        known = self._known.get(index)
+        return known.name if known else ""
 
     def wake(self) -> None:
         """Make a waiting `read` return None. Callable from any thread."""
@@ -412,44 +529,51 @@ class Monitor:
             return self._link(kind, body)
         if kind in (netlink.RTM_NEWNEIGH, netlink.RTM_DELNEIGH):
             # The busiest kind on a node full of pods: look at the index before anything is parsed.
-            name = self._names.get(_NEIGH.unpack_from(body)[1])
-            if name is None:
-                return None
-            return _neighbour_change(kind, netlink.read_neighbour(body), name)
+            name = self._name(_NEIGH.unpack_from(body)[1])
+            return (
+                _neighbour_change(kind, netlink.read_neighbour(body), name) if name in self._links else None
+            )
         if kind in (netlink.RTM_NEWADDR, netlink.RTM_DELADDR):
-            address = netlink.read_address(body)
-            name = self._names.get(address.ifindex)
-            text = f"{address.address}/{address.length}"
-            return Change(kind == netlink.RTM_DELADDR, name, Address(name, text)) if name else None
+            return self._address(kind, netlink.read_address(body))
         if kind in (netlink.RTM_NEWROUTE, netlink.RTM_DELROUTE):
             return self._route(message)
         return None
+
+    def _address(self, kind: int, found: AddressInfo) -> Change | None:
+        name = self._name(found.ifindex)
+        # Each device of ours gets a link-local address from the kernel, which is nobody's to plan.
+        if not name or (name in self._links and not _routable(found.address)):
+            return None
+        return Change(kind == netlink.RTM_DELADDR, name, Address(name, f"{found.address}/{found.length}"))
 
     def _route(self, message: netlink.Message) -> Change | None:
         route = netlink.read_route(message.body)
         if route.table != netlink.RT_TABLE_MAIN:
             return None
-        name = self._names.get(route.ifindex)
-        if name is None:
-            # A replaced route is told of by the new one alone: it may have taken the place of ours.
-            replaced = message.kind == netlink.RTM_NEWROUTE and message.flags & netlink.NLM_F_REPLACE
+        gone = message.kind == netlink.RTM_DELROUTE
+        if gone and route.kind == netlink.RTN_BLACKHOLE:
+            return Change(True, "", Blackhole(route.dst, route.metric))
+        name = self._name(route.ifindex)
+        if not name:
+            # A replaced route is told of by the new one alone: it may have taken the place of ours. Likewise
+            # one that is now one of several, as IPv6 makes of routes that are added to one another.
+            replaced = not gone and message.flags & (netlink.NLM_F_REPLACE | netlink.NLM_F_APPEND)
             return Change(True, "", as_route(route, "")) if replaced else None
-        return (
-            Change(message.kind == netlink.RTM_DELROUTE, name, as_route(route, name))
-            if _ours(route)
-            else None
-        )
+        told = route.kind == netlink.RTN_UNICAST if name in self._underlay else _ours(route)
+        return Change(gone, name, as_route(route, name)) if told else None
 
     def _link(self, kind: int, body: bytes) -> Change | None:
         if body[0] == netlink.AF_BRIDGE:
             return None
         link = netlink.read_link(body)
-        if link.name not in self._wanted:
-            # A link of ours that was renamed away is a link of ours that is gone.
-            lost = self._names.pop(link.ifindex, None)
-            return Change(True, lost, None) if lost else None
+        if link.name not in self._links and link.name not in self._underlay:
+            # A watched link that was renamed away is a watched link that is gone.
+            lost = self._known.pop(link.ifindex, None)
+            return Change(True, lost.name, None) if lost else None
         if kind == netlink.RTM_DELLINK:
-            self._names.pop(link.ifindex, None)
+            self._known.pop(link.ifindex, None)
             return Change(True, link.name, None)
-        self._names[link.ifindex] = link.name
-        return Change(False, link.name, None)
+        before = self._known.get(link.ifindex)
+        self._known[link.ifindex] = link
+        same = before and (before.name, before.mtu, before.up) == (link.name, link.mtu, link.up)
+        return None if same and link.name in self._underlay else Change(False, link.name, None)

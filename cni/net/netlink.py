@@ -17,12 +17,12 @@ from collections.abc import Iterator, Mapping
 from ipaddress import IPv6Address
 from typing import NamedTuple
 
-from cni.net.entries import Address, Entry, FdbEntry, Link, Neighbour, Route, Vxlan
+from cni.net.entries import Address, Blackhole, Entry, FdbEntry, Link, Neighbour, Route, Vxlan
 
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP_INTR = 0x1, 0x4, 0x10
 NLM_F_DUMP = 0x300
-NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE = 0x100, 0x200, 0x400
+NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE, NLM_F_APPEND = 0x100, 0x200, 0x400, 0x800
 NLM_F_ACK_TLVS, NLM_F_CAPPED = 0x200, 0x100
 
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK = 16, 17, 18
@@ -34,7 +34,10 @@ AF_BRIDGE = 7
 IFF_UP = 0x1
 NUD_PERMANENT = 0x80
 NTF_SELF = 0x02
-RT_TABLE_MAIN, RTPROT_KERNEL, RTPROT_BOOT, RTPROT_RA, RTN_UNICAST, RTNH_F_ONLINK = 254, 2, 3, 9, 1, 4
+RT_TABLE_MAIN, RTPROT_KERNEL, RTPROT_BOOT, RTPROT_RA, RTNH_F_ONLINK = 254, 2, 3, 9, 4
+RTN_UNICAST, RTN_BLACKHOLE = 1, 6
+# Routes on links that are not ours carry this number, which nobody else uses (/etc/iproute2/rt_protos).
+RTPROT_FLANNEL = 241
 RTPROT_UNSPEC, RT_SCOPE_UNIVERSE, RT_SCOPE_LINK, RT_SCOPE_NOWHERE = 0, 0, 253, 255
 IFA_F_TEMPORARY, IFA_F_NODAD, IFA_F_DEPRECATED, IFA_F_PERMANENT = 0x01, 0x02, 0x20, 0x80
 
@@ -45,7 +48,7 @@ _VX_ID, _VX_LINK, _VX_LOCAL, _VX_TTL, _VX_TOS, _VX_LEARNING = 1, 3, 4, 5, 6, 7
 _VX_PROXY, _VX_RSC, _VX_L2MISS, _VX_L3MISS, _VX_PORT, _VX_LOCAL6 = 11, 12, 13, 14, 15, 17
 _VX_ZERO_CSUM6_TX, _VX_ZERO_CSUM6_RX, _VX_GBP = 19, 20, 23
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 1, 2, 8
-_NDA_DST, _NDA_LLADDR, _NDA_IFINDEX, _NDA_MASTER = 1, 2, 8, 9
+_NDA_DST, _NDA_LLADDR, _NDA_IFINDEX = 1, 2, 8
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC, _RTA_TABLE, _RTA_VIA = (
     1,
     4,
@@ -58,10 +61,15 @@ _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC, _RTA_TABLE, _RTA_
 
 _HEADER = struct.Struct("=IHHII")
 _ATTR = struct.Struct("=HH")
+_LOOPBACK = 1  # the index of `lo`, in every namespace
+
 _IFINFO = struct.Struct("=BxHiII")
 _IFADDR = struct.Struct("=BBBBi")
 _NDMSG = struct.Struct("=BxxxiHBB")
 _RTMSG = struct.Struct("=BBBBBBBBI")
+# The bodies that are written by the thousand, whole; by the length of the address they hold.
+_NEIGHBOUR = {n: struct.Struct(f"={_NDMSG.format[1:]}HH{n}sHH6s2x") for n in (4, 16)}
+_ROUTE = {n: struct.Struct(f"={_RTMSG.format[1:]}HH{n}sHHI") for n in (4, 16)}
 
 Attrs = Mapping[int, bytes]
 
@@ -77,17 +85,17 @@ class Message(NamedTuple):
 
 def messages(buffer: bytes) -> Iterator[Message]:
     """Split what one `recv` gave; ends at the first message that is not there as a whole."""
-    offset = 0
-    while offset + _HEADER.size <= len(buffer):
-        length, kind, flags, seq, _pid = _HEADER.unpack_from(buffer, offset)
-        if length < _HEADER.size or offset + length > len(buffer):
+    offset, end, unpack = 0, len(buffer), _HEADER.unpack_from
+    while offset + 16 <= end:
+        length, kind, flags, seq, _pid = unpack(buffer, offset)
+        if length < 16 or offset + length > end:
             return
-        yield Message(kind, flags, seq, buffer[offset + _HEADER.size : offset + length])
+        yield Message(kind, flags, seq, buffer[offset + 16 : offset + length])
         offset += (length + 3) & ~3
 
 
 def message(kind: int, flags: int, seq: int, body: bytes) -> bytes:
-    """One message with its header, padded."""
+    """One message with its header; the body is a whole number of words."""
     return _HEADER.pack(_HEADER.size + len(body), kind, flags | NLM_F_REQUEST, seq, 0) + body
 
 
@@ -103,12 +111,14 @@ def attrs(body: bytes, offset: int = 0) -> dict[int, bytes]:
     The nested and byte-order flags are cut off.
     """
     found = {}
-    while offset + 4 <= len(body):
-        length, kind = _ATTR.unpack_from(body, offset)
-        if length < 4 or offset + length > len(body):
+    end, unpack = len(body), _ATTR.unpack_from
+    while offset + 4 <= end:
+        length, kind = unpack(body, offset)
+        stop = offset + length
+        if length < 4 or stop > end:
             break
-        found[kind & 0x3FFF] = body[offset + 4 : offset + length]
-        offset += (length + 3) & ~3
+        found[kind & 0x3FFF] = body[offset + 4 : stop]
+        offset = (stop + 3) & ~3
     return found
 
 
@@ -142,13 +152,18 @@ def _family(address: str) -> int:
     return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
-def _packed(address: str) -> bytes:
+def packed(address: str) -> bytes:
+    """The 4 or 16 bytes of an address; raises OSError for text that is none."""
     return socket.inet_pton(_family(address), address)
 
 
-def _text(raw: bytes) -> str:
-    """RFC 5952 text; the C library's own form differs for IPv4-compatible addresses."""
-    return socket.inet_ntop(socket.AF_INET, raw) if len(raw) == 4 else str(IPv6Address(raw))
+def address_text(raw: bytes) -> str:
+    """RFC 5952 text of 4 or 16 bytes."""
+    if len(raw) == 4:
+        return socket.inet_ntop(socket.AF_INET, raw)
+    text = socket.inet_ntop(socket.AF_INET6, raw)
+    # The C library writes some addresses with an IPv4 address at their end; Python's form is ours.
+    return str(IPv6Address(raw)) if "." in text else text
 
 
 # ---- encoding of operations
@@ -171,6 +186,8 @@ def put(entry: Entry, indexes: Indexes, have: LinkInfo | None = None) -> tuple[i
             return RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, _neighbour(entry, indexes)
         case Route():
             return RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, _route(entry, indexes)
+        case Blackhole():
+            return RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, _blackhole(entry)
     raise TypeError(entry)
 
 
@@ -185,6 +202,8 @@ def drop(entry: Entry, indexes: Indexes) -> tuple[int, int, bytes]:
             return RTM_DELNEIGH, 0, _neighbour(entry, indexes)
         case Route():
             return RTM_DELROUTE, 0, _dropped_route(entry, indexes)
+        case Blackhole():
+            return RTM_DELROUTE, 0, _blackhole(entry)
     raise TypeError(entry)
 
 
@@ -210,7 +229,7 @@ def _vxlan(vxlan: Vxlan, indexes: Indexes) -> bytes:
     """The attributes upstream sends (pkg/backend/vxlan/device.go); others keep the kernel's defaults."""
     local6 = ":" in vxlan.local
     data = attr(_VX_ID, u32(vxlan.vni)) + attr(_VX_LINK, u32(indexes[vxlan.underlay]))
-    data += attr(_VX_LOCAL6 if local6 else _VX_LOCAL, _packed(vxlan.local))
+    data += attr(_VX_LOCAL6 if local6 else _VX_LOCAL, packed(vxlan.local))
     data += attr(_VX_LEARNING, bytes([vxlan.learning]))
     for flag in (_VX_TTL, _VX_TOS, _VX_PROXY, _VX_RSC, _VX_L2MISS, _VX_L3MISS):
         data += attr(flag, b"\0")
@@ -221,7 +240,7 @@ def _vxlan(vxlan: Vxlan, indexes: Indexes) -> bytes:
 
 def _address(entry: Address, indexes: Indexes) -> bytes:
     address, _, length = entry.address.partition("/")
-    raw = _packed(address)
+    raw = packed(address)
     # Nobody else can have an address that we are told to put, and one that waits for proof is of no use yet.
     flags = IFA_F_PERMANENT | (IFA_F_NODAD if ":" in address else 0)
     header = _IFADDR.pack(_family(address), int(length), flags, 0, indexes[entry.link])
@@ -230,32 +249,49 @@ def _address(entry: Address, indexes: Indexes) -> bytes:
 
 def _neighbour(entry: Neighbour | FdbEntry, indexes: Indexes) -> bytes:
     if isinstance(entry, FdbEntry):
-        family, flags, address = AF_BRIDGE, NTF_SELF, entry.dst
+        raw, family, flags = packed(entry.dst), AF_BRIDGE, NTF_SELF
     else:
-        family, flags, address = _family(entry.address), 0, entry.address
-    header = _NDMSG.pack(family, indexes[entry.link], NUD_PERMANENT, flags, RTN_UNICAST)
-    return header + attr(_NDA_DST, _packed(address)) + attr(_NDA_LLADDR, mac_bytes(entry.mac))
+        raw, family, flags = packed(entry.address), _family(entry.address), 0
+    return _NEIGHBOUR[len(raw)].pack(
+        *(family, indexes[entry.link], NUD_PERMANENT, flags, RTN_UNICAST),
+        *(4 + len(raw), _NDA_DST, raw),
+        *(4 + 6, _NDA_LLADDR, mac_bytes(entry.mac)),
+    )
 
 
 def _route(entry: Route, indexes: Indexes) -> bytes:
-    dst, _, length = entry.dst.partition("/")
-    flags = RTNH_F_ONLINK if entry.onlink else 0
+    protocol = RTPROT_FLANNEL if entry.marked else RTPROT_BOOT
     scope = RT_SCOPE_UNIVERSE if entry.via else RT_SCOPE_LINK
-    body = _RTMSG.pack(_family(dst), int(length), 0, 0, RT_TABLE_MAIN, RTPROT_BOOT, scope, RTN_UNICAST, flags)
-    body += attr(_RTA_DST, _packed(dst)) + attr(_RTA_OIF, u32(indexes[entry.link]))
+    body = _route_on(entry, indexes, protocol, scope, RTNH_F_ONLINK if entry.onlink else 0)
     if entry.via:
-        body += attr(_RTA_GATEWAY, _packed(entry.via))
+        body += attr(_RTA_GATEWAY, packed(entry.via))
     return body + (attr(_RTA_PRIORITY, u32(entry.metric)) if entry.metric else b"")
 
 
 def _dropped_route(entry: Route, indexes: Indexes) -> bytes:
-    """Names a route whoever made it: any protocol, any scope."""
-    dst, _, length = entry.dst.partition("/")
-    body = _RTMSG.pack(
-        _family(dst), int(length), 0, 0, RT_TABLE_MAIN, RTPROT_UNSPEC, RT_SCOPE_NOWHERE, RTN_UNICAST, 0
-    )
-    body += attr(_RTA_DST, _packed(dst)) + attr(_RTA_OIF, u32(indexes[entry.link]))
+    """Names a route on a link of ours whoever made it (any protocol, any scope), elsewhere a marked one."""
+    protocol = RTPROT_FLANNEL if entry.marked else RTPROT_UNSPEC
+    body = _route_on(entry, indexes, protocol, RT_SCOPE_NOWHERE, 0)
     return body + (attr(_RTA_PRIORITY, u32(entry.metric)) if entry.metric else b"")
+
+
+def _route_on(entry: Route, indexes: Indexes, protocol: int, scope: int, flags: int) -> bytes:
+    dst, _, length = entry.dst.partition("/")
+    raw = packed(dst)
+    return _ROUTE[len(raw)].pack(
+        *(_family(dst), int(length), 0, 0, RT_TABLE_MAIN, protocol, scope, RTN_UNICAST, flags),
+        *(4 + len(raw), _RTA_DST, raw),
+        *(4 + 4, _RTA_OIF, indexes[entry.link]),
+    )
+
+
+def _blackhole(entry: Blackhole) -> bytes:
+    dst, _, length = entry.dst.partition("/")
+    raw, family = packed(dst), _family(dst)
+    body = _RTMSG.pack(family, int(length), 0, 0, RT_TABLE_MAIN, RTPROT_BOOT, 0, RTN_BLACKHOLE, 0)
+    body += attr(_RTA_DST, raw) + (attr(_RTA_PRIORITY, u32(entry.metric)) if entry.metric else b"")
+    # IPv6 hangs such a route on `lo`, and does not look at the type of one that is to be deleted.
+    return body + (attr(_RTA_OIF, u32(_LOOPBACK)) if family == socket.AF_INET6 else b"")
 
 
 # ---- dump requests
@@ -281,18 +317,16 @@ def get_neighbours(family: int, index: int) -> tuple[int, bytes]:
     return RTM_GETNEIGH, _NDMSG.pack(family, 0, 0, 0, 0) + attr(_NDA_IFINDEX, u32(index))
 
 
-def get_routes(family: int, index: int = 0) -> tuple[int, bytes]:
-    """Routes of the main table, of one link if `index` is given."""
-    body = _RTMSG.pack(family, 0, 0, 0, RT_TABLE_MAIN, 0, 0, 0, 0)
+def get_routes(family: int, index: int = 0, protocol: int = 0, kind: int = 0) -> tuple[int, bytes]:
+    """Routes of the main table; of one link, protocol or type if that is given (not 0)."""
+    body = _RTMSG.pack(family, 0, 0, 0, RT_TABLE_MAIN, protocol, 0, kind, 0)
     return RTM_GETROUTE, body + (attr(_RTA_OIF, u32(index)) if index else b"")
 
 
-def route_to(address: str) -> tuple[int, bytes]:
-    """Ask which route the kernel would take to `address`."""
-    raw = _packed(address)
-    return RTM_GETROUTE, _RTMSG.pack(_family(address), len(raw) * 8, 0, 0, 0, 0, 0, 0, 0) + attr(
-        _RTA_DST, raw
-    )
+def route_to(raw: bytes) -> tuple[int, bytes]:
+    """Ask which route the kernel would take to an address of 4 or 16 bytes."""
+    family = socket.AF_INET if len(raw) == 4 else socket.AF_INET6
+    return RTM_GETROUTE, _RTMSG.pack(family, len(raw) * 8, 0, 0, 0, 0, 0, 0, 0) + attr(_RTA_DST, raw)
 
 
 # ---- decoding
@@ -336,7 +370,7 @@ class RouteInfo(NamedTuple):
 
 
 class NeighbourInfo(NamedTuple):
-    """A neighbour or FDB entry as the kernel shows it."""
+    """A neighbour or FDB entry as the kernel shows it; `own_table` of a device's own, not a bridge's."""
 
     family: int
     ifindex: int
@@ -370,7 +404,7 @@ def _read_vxlan(data: Attrs) -> tuple[Vxlan, int]:
     vxlan = Vxlan(
         vni=int.from_bytes(data.get(_VX_ID, b""), sys.byteorder),
         port=int.from_bytes(data.get(_VX_PORT, b""), "big"),
-        local=_text(local) if local else "",
+        local=address_text(local) if local else "",
         underlay="",
         gbp=_VX_GBP in data,
         learning=data.get(_VX_LEARNING, b"\0") != b"\0",
@@ -383,7 +417,7 @@ def read_address(body: bytes) -> AddressInfo:
     found = attrs(body, _IFADDR.size)
     raw = found.get(_IFA_LOCAL) or found[_IFA_ADDRESS]
     flags = int.from_bytes(found[_IFA_FLAGS], sys.byteorder) if _IFA_FLAGS in found else flags
-    return AddressInfo(index, _text(raw), length, scope, flags)
+    return AddressInfo(index, address_text(raw), length, scope, flags)
 
 
 def read_neighbour(body: bytes) -> NeighbourInfo:
@@ -391,30 +425,37 @@ def read_neighbour(body: bytes) -> NeighbourInfo:
     found = attrs(body, _NDMSG.size)
     raw = found.get(_NDA_DST, b"")
     return NeighbourInfo(
-        family=family,
-        ifindex=index,
-        address=_text(raw) if raw else "",
-        mac=mac_text(found.get(_NDA_LLADDR, b"")),
-        permanent=bool(state & NUD_PERMANENT),
-        # An entry that mirrors a bridge's table names its master; ours is the device's own.
-        own_table=bool(flags & NTF_SELF) and _NDA_MASTER not in found,
+        family,
+        index,
+        address_text(raw) if raw else "",
+        found.get(_NDA_LLADDR, b"").hex(":"),
+        bool(state & NUD_PERMANENT),
+        bool(flags & NTF_SELF),
     )
 
 
 def read_route(body: bytes) -> RouteInfo:
     family, length, _src, _tos, table, protocol, _scope, kind, flags = _RTMSG.unpack_from(body)
     found = attrs(body, _RTMSG.size)
-    zero = b"\0" * (4 if family == socket.AF_INET else 16)
+    number, order = int.from_bytes, sys.byteorder
+    dst = found.get(_RTA_DST) or bytes(4 if family == socket.AF_INET else 16)
     # An IPv4 route with an IPv6 gateway has it in VIA, behind two bytes that name the family.
-    via, source = found.get(_RTA_GATEWAY) or found.get(_RTA_VIA, b"")[2:], found.get(_RTA_PREFSRC, b"")
+    via, source = found.get(_RTA_GATEWAY) or found.get(_RTA_VIA, b"")[2:], found.get(_RTA_PREFSRC)
     return RouteInfo(
-        ifindex=int.from_bytes(found.get(_RTA_OIF, b""), sys.byteorder),
-        dst=f"{_text(found.get(_RTA_DST, zero))}/{length}",
-        via=_text(via) if via else "",
-        source=_text(source) if source else "",
-        table=int.from_bytes(found[_RTA_TABLE], sys.byteorder) if _RTA_TABLE in found else table,
-        protocol=protocol,
-        kind=kind,
-        metric=int.from_bytes(found.get(_RTA_PRIORITY, b""), sys.byteorder),
-        onlink=bool(flags & RTNH_F_ONLINK),
+        number(found.get(_RTA_OIF, b""), order),
+        f"{address_text(dst)}/{length}",
+        address_text(via) if via else "",
+        address_text(source) if source else "",
+        number(found[_RTA_TABLE], order) if _RTA_TABLE in found else table,
+        protocol,
+        kind,
+        number(found.get(_RTA_PRIORITY, b""), order),
+        bool(flags & RTNH_F_ONLINK),
     )
+
+
+def read_hop(body: bytes) -> tuple[int, bool]:
+    """Of the answer to `route_to`: the index of the link that it leaves by, and whether to a gateway."""
+    found = attrs(body, _RTMSG.size)
+    index = int.from_bytes(found.get(_RTA_OIF, b""), sys.byteorder)
+    return index, _RTA_GATEWAY in found or _RTA_VIA in found

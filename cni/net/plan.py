@@ -27,13 +27,17 @@ class Scope(NamedTuple):
     """Which entries are ours to see and to drop.
 
     Every permanent neighbour, FDB entry and route on one of `links`; addresses on them that lie in
-    one of `networks` (on a device with an IPv6 underlay all but link-local ones); and routes with a
-    gateway on `direct_link` whose destination lies in one of `networks`.
+    one of `networks` (on a device with an IPv6 underlay all but link-local ones); marked routes into
+    one of `networks`, whatever link they are on; every blackhole route of exactly one of `blackholes`.
+
+    With `tx_checksum` None nobody asks what links do about checksums, and their entries say None too;
+    else they say how it is, and a link that cannot tell counts as being as wanted.
     """
 
     links: tuple[str, ...]
     networks: tuple[str, ...] = ()
-    direct_link: str = ""
+    blackholes: tuple[str, ...] = ()
+    tx_checksum: bool | None = None
 
 
 class Kernel(Protocol):
@@ -58,6 +62,8 @@ def plan(desired: NetState, actual: NetState) -> list[Operation]:
     then fall through them. A link that the kernel cannot change in place is dropped first, and all
     that lived on it counts as gone. `plan(x, x)` is empty.
     """
+    if desired == actual:
+        return []
     rebuilt = {
         have.name: have
         for key, want in desired.items()

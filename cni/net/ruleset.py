@@ -29,6 +29,11 @@ class Chain:
     name: str
     hook: str
 
+    @property
+    def place(self) -> tuple[Family, str]:
+        """The table that the chain is in."""
+        return self.family, self.table
+
 
 @dataclass(frozen=True, slots=True)
 class ChainRules:
@@ -55,11 +60,13 @@ class Ruleset:
     """The same rules for either program.
 
     `nft` is one transaction for `nft -f -`. It brings every table of ours to the wanted state whatever
-    the state before, the tables' absence included.
+    the state before, the tables' absence included. `nft_listing` is what `nft --stateless list table`
+    prints of that state, table after table, in the words of nft 1.0.1 to 1.1.
     """
 
     chains: tuple[ChainRules, ...]
     nft: str
+    nft_listing: str
 
 
 class Firewall(Protocol):

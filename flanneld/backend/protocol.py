@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import NamedTuple, Protocol
 
 from cni.errors import ConfigError
-from cni.net.entries import Entry, Link, NetState, state
+from cni.net.entries import Blackhole, Entry, Key, Link, NetState, state
 from cni.net.plan import Scope
 from flanneld.config import NetConf
 from flanneld.lease import Attributes, Lease
@@ -34,6 +35,11 @@ class Backend(Protocol):
         """Names of the links that this backend owns."""
         ...
 
+    @property
+    def follows_routes(self) -> bool:
+        """Whether the host's routes decide how a peer is reached."""
+        ...
+
     def scope(self, config: NetConf) -> Scope:
         """Which kernel entries are this backend's to see and to drop."""
         ...
@@ -54,12 +60,45 @@ class Backend(Protocol):
         ...
 
 
-def desired(backend: Backend, own: Lease, peers: Iterator[Lease]) -> NetState:
+class Clash(NamedTuple):
+    """An entry that a lease asks for and does not get: another lease has its place, with other words."""
+
+    entry: Entry
+    loser: str
+    winner: str
+
+
+def merge(
+    base: Sequence[Entry], peers: Mapping[str, Sequence[Entry]]
+) -> tuple[dict[Key, Entry], list[Clash]]:
+    """One state out of what the node itself and each peer (by lease key) ask for.
+
+    Where two ask for the same entry in different words (two nodes with one VTEP MAC), the lease with the
+    lower key gets it: the same one at every pass and on every node.
+    """
+    entries = [*base, *chain.from_iterable(peers.values())]
+    wanted = state(entries)
+    if len(wanted) == len(entries):
+        return wanted, []
+    wanted, owners, clashes = {}, dict[Key, str](), list[Clash]()
+    for lease, asked in [("", base), *sorted(peers.items())]:
+        for entry in asked:
+            key = entry.key
+            if wanted.setdefault(key, entry) != entry:
+                clashes.append(Clash(entry, lease, owners[key]))
+            owners.setdefault(key, lease)
+    return wanted, clashes
+
+
+def desired(backend: Backend, own: Lease, peers: Iterable[Lease]) -> NetState:
     """The whole kernel state that reaches every peer from `own`."""
-    entries: list[Entry] = list(backend.base(own))
-    for peer in peers:
-        entries += backend.peer(peer)
-    return state(entries)
+    return merge(list(backend.base(own)), {peer.key: tuple(backend.peer(peer)) for peer in peers})[0]
+
+
+def blackholes(config: NetConf, own: Lease) -> tuple[Blackhole, ...]:
+    """For --ip-blackhole-route: what drops packets to our own subnets that no better route takes."""
+    families = ((config.enable_ipv4, own.subnet), (config.enable_ipv6, own.subnet6))
+    return tuple(Blackhole(str(subnet)) for enabled, subnet in families if enabled and subnet)
 
 
 def existing_links(existing: NetState) -> dict[str, Link]:

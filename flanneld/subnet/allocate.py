@@ -7,6 +7,13 @@ of the first 100 free subnets, at random, so that nodes that start together rare
 Decision: free subnets are found by walking the gaps between the sorted leases, never by testing each
 subnet against each lease: n log n in the number of leases, independent of the size of the network.
 
+Decision: a lease is also ours if it is the previous one and carries our backend data (the VTEP's MAC,
+46 random bits): the node's address has changed, and its pods need not move for that.
+
+Decision: each family's subnet is kept on its own. Upstream gives up both when one does not fit, so that
+a node which gets IPv6 beside IPv4 also gets another IPv4 subnet: its pods are cut off, and the bridge,
+which has the old gateway address, takes no new ones.
+
 Decision: where upstream asks whether somebody holds exactly the previous subnet, we ask whether
 anybody's subnet overlaps it, since after a change of SubnetLen the two differ.
 """
@@ -40,7 +47,7 @@ class Keep:
 class Create:
     """Delete our leases in `drop`, which do not fit, and create one with these subnets.
 
-    `note` says why the previous subnet is not used, empty when it is or there is none.
+    `note` says which previous subnet is not used and why, empty when there is no such thing.
     """
 
     subnet: IPv4Network | None
@@ -175,31 +182,55 @@ def choose(
 ) -> Decision:
     """What the node with `own_public_ip` must do to have a lease that fits the validated `config`.
 
-    `leases` are all that are in force; of `previous` only the subnets count. Raises OutOfSubnets.
+    `leases` are all that are in force. Raises OutOfSubnets.
     """
-    mine = tuple(lease for lease in leases if holds(lease, own_public_ip))
+    mine = tuple(x for x in leases if holds(x, own_public_ip) or _same_node(x, previous))
     for lease in mine:
         if fits(config, lease):
             return Keep(lease)
-    others = [lease for lease in leases if not holds(lease, own_public_ip)]
-    note = ""
-    if previous is not None:
-        note = _objection(config, others, previous)
-        if not note:
-            return Create(previous.subnet, previous.subnet6, mine)
-    subnet = _pick(_pool4(config), candidates(config, others), len(others), rng)
-    subnet6 = _pick(_pool6(config), candidates6(config, others), len(others), rng)
-    return Create(subnet, subnet6, mine, note)
+    others = [lease for lease in leases if lease not in mine]
+    pool4, pool6 = _pool4(config), _pool6(config)
+    before = (previous, *mine) if previous else mine
+    subnet = _kept(pool4, [lease.subnet for lease in before], others)
+    subnet6 = _kept(pool6, [lease.subnet6 for lease in before], others)
+    if subnet is None:
+        subnet = _pick(pool4, candidates(config, others), len(others), rng)
+    if subnet6 is None:
+        subnet6 = _pick(pool6, candidates6(config, others), len(others), rng)
+    return Create(subnet, subnet6, mine, _objections(config, others, previous) if previous else "")
 
 
-def _objection(config: NetConf, others: Sequence[Lease], previous: Lease) -> str:
-    """Why the previous subnet cannot be had again; empty when it can."""
-    if not fits(config, previous):
-        wanted = " and ".join(pool.describe() for pool in (_pool4(config), _pool6(config)) if pool)
-        return f"previous subnet {previous.key} does not fit {wanted}"
-    holder = taker(previous, others)
+def _same_node(lease: Lease, previous: Lease | None) -> bool:
+    """Whether `lease` is `previous`, written by this node under another public IP."""
+    if previous is None or lease.key != previous.key:
+        return False
+    ours, found = previous.attrs, lease.attrs
+    identity = (ours.backend_type, ours.backend_data, ours.backend_v6_data)
+    return any(identity[1:]) and identity == (found.backend_type, found.backend_data, found.backend_v6_data)
+
+
+def _kept(pool: _Pool | None, before: Iterable[N | None], others: Sequence[Lease]) -> N | None:
+    """The first subnet of `before` that can be had again."""
+    for subnet in before:
+        if pool is not None and subnet is not None and not _objection(pool, subnet, others):
+            return subnet
+    return None
+
+
+def _objections(config: NetConf, others: Sequence[Lease], previous: Lease) -> str:
+    """Why subnets of `previous` in enabled families cannot be had again; empty when they can."""
+    pairs = ((_pool4(config), previous.subnet), (_pool6(config), previous.subnet6))
+    found = (_objection(pool, subnet, others) for pool, subnet in pairs if pool and subnet)
+    return "; ".join(filter(None, found))
+
+
+def _objection(pool: _Pool, subnet: Network, others: Sequence[Lease]) -> str:
+    if not pool.holds(subnet):
+        return f"previous subnet {subnet} does not fit {pool.describe()}"
+    v4, v6 = (subnet, None) if isinstance(subnet, IPv4Network) else (None, subnet)
+    holder = taker(Lease(v4, v6, Attributes()), others)
     if holder is not None:
-        return f"previous subnet {previous.key} is taken: {holder.key} belongs to {owner_text(holder)}"
+        return f"previous subnet {subnet} is taken: {holder.key} belongs to {owner_text(holder)}"
     return ""
 
 

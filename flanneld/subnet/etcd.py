@@ -28,30 +28,41 @@ Decision: every write is a transaction on the revision that was read (0: the key
 same as upstream's version 0). After an unknown outcome the new etcd lease is not revoked: had the write
 been applied, that would delete our key under our peers' feet. It expires by itself.
 
+Decision: a new lease is looked at together with all others that appeared since the subnets were chosen,
+in the very transaction that writes it. Its key guards both subnets of a dual-stack lease only as a pair:
+another node that chose one of them beside another companion wrote another key. The later of the two
+takes its lease back and chooses again; upstream routes one subnet to two nodes.
+
 Decision: `expires_s` is known for leases that `acquire` and `renew` return; in `stored` and `watch` it
 is 0, because etcd wants a query per key for it and nobody needs it: etcd itself deletes what expires.
 
 Decision: the scheme of an endpoint decides about TLS: `https` verifies against the CA file, or against
 gRPC's built-in roots without one, and shows the client certificate if there is one; `http` never does
 TLS; without a scheme it is TLS if any of the three files is given. Upstream ignores a CA file alone.
+
+Decision: what comes once per lease has a fast path of its own: the answer to a range request is decoded
+here (the generated code takes four times as long, in pure Python), and a key and a value that are exactly
+as flannel writes them are taken apart by a pattern. Everything else goes through the general parsers, and
+a test holds the two against each other. With 5,000 leases a listing costs 0.06 CPU seconds instead of 0.17.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import posixpath
+import re
 import ssl
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from random import SystemRandom
+from socket import AF_INET, inet_pton
 from threading import Event, Thread
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 # gRPC reads these when it is loaded. Its fork handlers would make every child that we start wait for
@@ -65,10 +76,9 @@ from etcd3.etcdrpc import kv_pb2, rpc_pb2, rpc_pb2_grpc
 from cni.errors import ConfigError, LeaseLost, StoreUnavailable
 from flanneld.config import DEFAULT_NETCONF, NetConf, parse_netconf, validate
 from flanneld.lease import Attributes, Change, Lease, Snapshot, Update, parse_subnet_key, subnet_key
+from flanneld.log import V2, logger
 from flanneld.subnet import allocate
 from flanneld.subnet.manager import LEASE_TTL_S
-
-log = logging.getLogger("flanneld")
 
 CALL_DEADLINE_S = 5.0
 POLL_S = 0.3  # how soon a blocked call or watch notices `stop`
@@ -151,6 +161,10 @@ class EtcdManager:
         source = f"etcd key {self._config_key}"
         return validate(parse_netconf(bytes(reply.kvs[0].value), source), source)
 
+    def public_ips(self) -> tuple[str, str]:
+        """Nothing: only Kubernetes keeps addresses of nodes for the operator."""
+        return "", ""
+
     def stored(self, public_ip: IPv4Address | IPv6Address) -> Lease | None:
         """The lease of this public IP; its `expires_s` is 0."""
         leases = self._list().leases
@@ -166,7 +180,7 @@ class EtcdManager:
         for _ in range(RACES):
             listing = self._list()
             decision = allocate.choose(config, listing.taken, allocate.owner(attrs), previous, self._rng)
-            lease = self._carry_out(decision, attrs)
+            lease = self._carry_out(decision, attrs, listing.revision)
             if lease is not None:
                 return lease
             self._client.closed.wait(self._rng.uniform(0, RACE_PAUSE_S))
@@ -181,6 +195,9 @@ class EtcdManager:
             if written is not None:
                 return written
         raise StoreUnavailable(f"etcd key {self._path(lease)} changed {RACES} times while it was renewed")
+
+    def complete(self, lease: Lease) -> None:
+        """Nothing: nobody asks this store whether the node is up."""
 
     def watch(self, stop: Event) -> Iterator[Update]:
         """Yield a snapshot, then changes; a further snapshot when the history was compacted."""
@@ -212,7 +229,7 @@ class EtcdManager:
             lease, readable = self._lease(kv)
             if lease is not None:
                 (leases if readable else unreadable).append(lease)
-        return _Listing(reply.header.revision, tuple(leases), tuple(unreadable))
+        return _Listing(reply.revision, tuple(leases), tuple(unreadable))
 
     def _lease(self, kv: Any) -> tuple[Lease | None, bool]:
         """The lease of one key, and whether its value could be read (if not, it has no attributes).
@@ -220,12 +237,12 @@ class EtcdManager:
         A key that names no subnet is no lease. What cannot be read is reported once.
         """
         try:
-            subnet, subnet6 = parse_subnet_key(kv.key.decode("utf-8", "replace"))
+            subnet, subnet6 = parse_key(kv.key)
         except ValueError as exc:
             self._report(kv.key, exc)
             return None, False
         try:
-            attrs = Attributes.decode(kv.value)
+            attrs = parse_value(kv.value)
         except ValueError as exc:
             self._report(kv.key, exc)
             return Lease(subnet, subnet6, Attributes(), revision=kv.mod_revision), False
@@ -235,37 +252,49 @@ class EtcdManager:
     def _report(self, key: bytes, problem: Exception) -> None:
         if key not in self._reported:
             self._reported.add(key)
-            log.warning("lease-unreadable key=%r problem=%r remedy='delete or repair it'", key, str(problem))
+            logger.warning(
+                "lease-unreadable key=%r problem=%r remedy='delete or repair it'", key, str(problem)
+            )
 
-    def _carry_out(self, decision: allocate.Decision, attrs: Attributes) -> Lease | None:
-        """The lease as stored, or None if another node was faster."""
+    def _carry_out(self, decision: allocate.Decision, attrs: Attributes, since: int) -> Lease | None:
+        """The lease as stored, or None if another node was faster. The decision is as of revision `since`."""
         match decision:
             case allocate.Keep(lease):
                 try:
-                    return self._rewrite(replace(lease, attrs=attrs))
+                    return self._rewrite(replace(lease, attrs=attrs), lease.attrs)
                 except LeaseLost:
                     return None
             case allocate.Create(subnet, subnet6, drop, note):
                 if note:
-                    log.warning("previous-subnet-unused store=etcd reason=%s", note)
-                return self._write(Lease(subnet, subnet6, attrs), 0, False, drop)
+                    logger.warning("previous-subnet-unused store=etcd reason=%s", note)
+                return self._write(Lease(subnet, subnet6, attrs), 0, False, drop, since)
 
-    def _rewrite(self, lease: Lease) -> Lease | None:
-        """Write our lease over what is there now; None if that changed meanwhile. Raises LeaseLost."""
+    def _rewrite(self, lease: Lease, before: Attributes | None = None) -> Lease | None:
+        """Write our lease over what is there now; None if that changed meanwhile. Raises LeaseLost.
+
+        What is there is ours if it names our public IP, or says what we know to have written `before`.
+        """
         kvs = self._client.call("range", rpc_pb2.RangeRequest(key=self._path(lease).encode())).kvs
         others: tuple[Lease, ...] = ()
+        since = 0
         if kvs:
             found, readable = self._lease(kvs[0])
-            if found is not None and readable:
+            if found is not None and readable and found.attrs != before:
                 others = (found,)
             revision, reserved = kvs[0].mod_revision, kvs[0].lease == 0
         else:
-            others, revision, reserved = self._list().taken, 0, False
+            listing = self._list()
+            others, revision, reserved, since = listing.taken, 0, False, listing.revision
         allocate.require_ours(lease, others, f"etcd under {self._subnets}")
-        return self._write(lease, revision, reserved)
+        return self._write(lease, revision, reserved, (), since)
 
-    def _write(self, lease: Lease, revision: int, reserved: bool, drop: Sequence[Lease] = ()) -> Lease | None:
-        """Put the lease if its key still has `revision`, and delete those in `drop`; None if it has not."""
+    def _write(
+        self, lease: Lease, revision: int, reserved: bool, drop: Sequence[Lease], since: int
+    ) -> Lease | None:
+        """Put the lease if its key still has `revision`, and delete those in `drop`; None if it has not.
+
+        None as well if another node took one of the subnets after revision `since` (0: it was ours before).
+        """
         key, now = self._path(lease).encode(), self._clock()
         etcd_lease, ttl_s = 0, 0
         if not reserved:
@@ -273,29 +302,34 @@ class EtcdManager:
             etcd_lease, ttl_s = grant.ID, grant.TTL
         put = rpc_pb2.PutRequest(key=key, value=lease.attrs.encode().encode(), lease=etcd_lease)
         old = [(self._path(unfit).encode(), unfit.revision) for unfit in drop]
-        deletes = [rpc_pb2.DeleteRangeRequest(key=path) for path, _ in old]
+        first = self._subnets.encode()
+        newer = rpc_pb2.RangeRequest(key=first, range_end=_after(first), min_create_revision=since + 1)
+        look = [rpc_pb2.RequestOp(request_range=newer)] if since else []
         request = rpc_pb2.TxnRequest(
             compare=[_at_revision(path, expected) for path, expected in [(key, revision), *old]],
-            success=[
-                *(rpc_pb2.RequestOp(request_delete_range=delete) for delete in deletes),
-                rpc_pb2.RequestOp(request_put=put),
-            ],
-            failure=[rpc_pb2.RequestOp(request_range=rpc_pb2.RangeRequest(key=key))],
+            success=[*(_delete(path) for path, _ in old), rpc_pb2.RequestOp(request_put=put), *look],
+            failure=[rpc_pb2.RequestOp(request_range=rpc_pb2.RangeRequest(key=key)), *look],
         )
         try:
             reply = self._client.call("txn", request)
         except _Refused:
             self._revoke(etcd_lease)
             raise
-        lease = replace(lease, expires_s=0.0 if reserved else now + ttl_s)
-        if reply.succeeded:
-            return replace(lease, revision=reply.header.revision)
-        found = reply.responses[0].response_range.kvs
-        if etcd_lease and found and found[0].lease == etcd_lease:
-            # An attempt on another endpoint had no answer in time, but was applied.
-            return replace(lease, revision=found[0].mod_revision)
-        self._revoke(etcd_lease)
-        return None
+        revision = _revision_written(reply, etcd_lease)
+        if not revision:
+            self._revoke(etcd_lease)
+            return None
+        lease = replace(lease, expires_s=0.0 if reserved else now + ttl_s, revision=revision)
+        if since and self._overtaken(lease, reply.responses[-1].response_range.kvs):
+            # The key goes with its etcd lease; should that fail, the caller must hear of it.
+            self._client.call("revoke", rpc_pb2.LeaseRevokeRequest(ID=etcd_lease))
+            return None
+        return lease
+
+    def _overtaken(self, lease: Lease, newer: Sequence[Any]) -> bool:
+        """Whether one of the `newer` keys, created before ours, has a subnet of our lease."""
+        earlier = (self._lease(kv)[0] for kv in newer if kv.create_revision < lease.revision)
+        return allocate.taker(lease, (found for found in earlier if found is not None)) is not None
 
     def _revoke(self, etcd_lease: int) -> None:
         if etcd_lease:
@@ -337,12 +371,13 @@ class EtcdManager:
             if event.type == kv_pb2.Event.DELETE:
                 self._reported.discard(event.kv.key)
                 with suppress(ValueError):  # a key that named no subnet was no lease either
-                    subnets = parse_subnet_key(event.kv.key.decode("utf-8", "replace"))
-                    changes.append(Change(subnet_key(*subnets), None))
+                    changes.append(Change(subnet_key(*parse_key(event.kv.key)), None))
                 continue
             lease, readable = self._lease(event.kv)
             if lease is not None and readable:
                 changes.append(Change(lease.key, lease))
+        for change in changes:
+            logger.log(V2, "lease-%s key=%s", "written" if change.lease else "gone", change.key)
         return tuple(changes)
 
 
@@ -359,6 +394,98 @@ class _Listing:
         return self.leases + self.unreadable
 
 
+class KeyValue(NamedTuple):
+    """What we need of a key; `lease` is 0 where it has no etcd lease."""
+
+    key: bytes
+    value: bytes
+    mod_revision: int
+    lease: int
+
+
+class RangeReply(NamedTuple):
+    """The answer to a range request: the keys, and the store's revision at that moment."""
+
+    revision: int
+    kvs: list[KeyValue]
+
+
+def decode_range(data: bytes) -> RangeReply:
+    """Decode etcd's RangeResponse (api/etcdserverpb/rpc.proto, api/mvccpb/kv.proto); raises ValueError."""
+    revision, kvs = 0, []
+    try:
+        for number, field in _fields(data):
+            if number == 1:
+                revision = dict(_fields(field)).get(3, 0)
+            elif number == 2:
+                kv = dict(_fields(field))
+                kvs.append(KeyValue(kv.get(1, b""), kv.get(5, b""), kv.get(3, 0), kv.get(6, 0)))
+    except IndexError:
+        raise ValueError("etcd's answer ends in the middle of a field") from None
+    return RangeReply(revision, kvs)
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """Number (below 16) and value of each field of a protobuf message: an unsigned integer, or bytes."""
+    at, end = 0, len(data)
+    while at < end:
+        tag, at = data[at], at + 1
+        value, at = data[at], at + 1
+        if value > 127:
+            value, at = _varint(data, at - 1)
+        if tag & 0x87 == 2 and at + value <= end:
+            yield tag >> 3, data[at : at + value]
+            at += value
+        elif tag & 0x87 == 0:
+            yield tag >> 3, value
+        else:
+            raise ValueError(f"etcd's answer has a field with tag {tag}, of unknown type or beyond its end")
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """The integer that begins at `at`, seven bits to a byte, the lowest first; and where it ends."""
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            return value, at
+
+
+_KEY = re.compile(rb".*/([0-9.]+)-([0-9]{1,2})", re.DOTALL)
+# Strings without escapes, and whole numbers that a float64 holds: the general parser leaves them as they are.
+_TEXT = rb'[^"\\<>&\x00-\x1f\x80-\xff]*'
+_NUMBER = rb"(?:0|[1-9][0-9]{0,14})"
+_DATA = rb'\{"VNI":%b,"VtepMAC":"%b"\}|\{"PublicKey":"%b","Port":%b\}' % (_NUMBER, _TEXT, _TEXT, _NUMBER)
+_VALUE = re.compile(
+    rb'\{"PublicIP":"([0-9.]+)","PublicIPv6":(?:null|"([0-9a-f:]+)")(?:,"BackendType":"(%b)")?'
+    rb'(?:,"BackendData":(%b))?(?:,"BackendV6Data":(%b))?\}' % (_TEXT, _DATA, _DATA)
+)
+
+
+def parse_key(key: bytes) -> tuple[IPv4Network, IPv6Network | None]:
+    """The subnets that a key names; raises ValueError."""
+    plain = _KEY.fullmatch(key)
+    if plain is not None and int(plain[2]) <= 31:
+        with suppress(OSError):  # not four numbers: the general parser says what is wrong
+            address = inet_pton(AF_INET, plain[1].decode())
+            return IPv4Network((address, int(plain[2])), strict=False), None
+    return parse_subnet_key(key.decode("utf-8", "replace"))
+
+
+def parse_value(value: bytes) -> Attributes:
+    """The attributes that a value holds; raises ValueError."""
+    plain = _VALUE.fullmatch(value)
+    if plain is not None:
+        public_ip, public_ipv6, kind, data, v6_data = (text.decode() for text in plain.groups(b""))
+        with suppress(OSError):
+            v4 = IPv4Address(inet_pton(AF_INET, public_ip))
+            v6 = IPv6Address(public_ipv6) if public_ipv6 else None
+            return Attributes(v4 if int(v4) else None, v6, kind, data, v6_data)
+    return Attributes.decode(value)
+
+
 def join(prefix: str, name: str) -> str:
     """The key `name` under `prefix`, cleaned as Go's path.Join does."""
     path = posixpath.normpath("/".join(part for part in (prefix, name) if part))
@@ -368,6 +495,21 @@ def join(prefix: str, name: str) -> str:
 def _after(prefix: bytes) -> bytes:
     """The end of the range of keys that begin with `prefix` (which does not end in 0xff)."""
     return prefix[:-1] + bytes([prefix[-1] + 1])
+
+
+def _revision_written(reply: Any, etcd_lease: int) -> int:
+    """At which revision a transaction has put our key; 0 if it has not."""
+    if reply.succeeded:
+        return int(reply.header.revision)
+    found = reply.responses[0].response_range.kvs
+    if etcd_lease and found and found[0].lease == etcd_lease:
+        # An attempt on another endpoint had no answer in time, but was applied.
+        return int(found[0].mod_revision)
+    return 0
+
+
+def _delete(key: bytes) -> Any:
+    return rpc_pb2.RequestOp(request_delete_range=rpc_pb2.DeleteRangeRequest(key=key))
 
 
 def _at_revision(key: bytes, revision: int) -> Any:
@@ -411,7 +553,11 @@ class _Member:
         self.channel = _channel(url, credentials)
         kv = rpc_pb2_grpc.KVStub(self.channel)
         leases = rpc_pb2_grpc.LeaseStub(self.channel)
-        self.range = kv.Range
+        self.range = self.channel.unary_unary(
+            "/etcdserverpb.KV/Range",
+            request_serializer=rpc_pb2.RangeRequest.SerializeToString,
+            response_deserializer=decode_range,
+        )
         self.txn = kv.Txn
         self.grant = leases.LeaseGrant
         self.revoke = leases.LeaseRevoke

@@ -31,21 +31,33 @@ class SubnetManager(Protocol):
         """
         ...
 
+    def public_ips(self) -> tuple[str, str]:
+        """The IPv4 and IPv6 address that the operator keeps in the store for this node, empty where none.
+
+        They win over `--public-ip` and `--public-ipv6`, as upstream's node annotations do.
+        """
+        ...
+
     def stored(self, public_ip: IPv4Address | IPv6Address) -> Lease | None:
-        """The lease that this public IP holds now, so that a restart can keep its VTEP's MAC."""
+        """The lease that this node holds now, so that a restart can keep its VTEP's MAC."""
         ...
 
     def acquire(self, config: NetConf, attrs: Attributes, previous: Lease | None) -> Lease:
         """Take or take over a lease for `attrs.public_ip` and return it as stored.
 
         The lease this public IP already holds is kept if it fits `config`, else replaced; then the
-        subnets of `previous` (attributes ignored) are tried; then a free one is chosen. A race lost to
-        another node is run again. Raises OutOfSubnets.
+        subnets of `previous` are tried; then a free one is chosen. A race lost to another node is run
+        again. A lease that carries the backend data of `previous` is ours whatever its public IP: the
+        node's address has changed. Raises OutOfSubnets.
         """
         ...
 
     def renew(self, lease: Lease) -> Lease:
         """Write the lease again with a new expiration; raises LeaseLost if another node holds it."""
+        ...
+
+    def complete(self, lease: Lease) -> None:
+        """Tell whoever schedules pods that this node's network is up (upstream: CompleteLease)."""
         ...
 
     def watch(self, stop: Event) -> Iterator[Update]:

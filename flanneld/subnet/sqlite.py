@@ -94,6 +94,10 @@ class SqliteManager:
             raise ConfigError(f"cannot read the network configuration {source}: {exc.strerror}") from exc
         return validate(parse_netconf(text, source), source)
 
+    def public_ips(self) -> tuple[str, str]:
+        """Nothing: only Kubernetes keeps addresses of nodes for the operator."""
+        return "", ""
+
     def stored(self, public_ip: IPv4Address | IPv6Address) -> Lease | None:
         """The lease in force of this public IP."""
         with self._connection() as db:
@@ -120,6 +124,9 @@ class SqliteManager:
         with self._transaction() as db:
             allocate.require_ours(lease, self._leases(db).values(), str(self._db_path))
             return self._put(db, lease)
+
+    def complete(self, lease: Lease) -> None:
+        """Nothing: nobody asks this store whether the node is up."""
 
     def watch(self, stop: Event) -> Iterator[Update]:
         """Yield a snapshot, then changes at most `POLL_S` seconds old; expired leases count as removed."""

@@ -1,6 +1,7 @@
-"""How long the daemon takes, beside iproute2 writing the same entries in the same run.
+"""How long the daemon takes with thousands of peers, beside iproute2 writing the same entries in one run.
 
-Peers are leases of nodes that do not exist. Prints; asserts only that all entries arrived.
+Peers are leases of nodes that do not exist, in SQLite, in a real etcd, and as Node objects of the API
+double, lean and of a realistic 15 kB. Prints; asserts only that all entries arrived.
 """
 
 from __future__ import annotations
@@ -11,23 +12,34 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.kube.cluster import control_of
 from tests.lab.cluster import Cluster
-from tests.lab.net import Lab, Process, wait_for
-from tests.lab.node import FROZEN, Node
+from tests.lab.net import SWITCH, Lab, Process, wait_for
+from tests.lab.node import ETCD_PREFIX, FROZEN, Node
 
 NETWORK = {"Network": "10.0.0.0/8", "Backend": {"Type": "vxlan"}}
 HERE = Path(__file__).resolve().parent
 CHANGES = 20
+IDLE_S = 30.0
+# Peers get the subnets from here on; what is below is for the lab's own nodes.
+FIRST_PEER = 256
+PROBES = "--healthz-port=8081"
 
 
 def peer(number: int) -> tuple[str, str, str]:
-    """Subnet address, public IP and VTEP MAC of the peer with this number."""
-    high, low = number >> 8, number & 255
-    return f"10.{high + 1}.{low}.0", f"172.{16 + high}.{low}.9", f"02:00:00:01:{high:02x}:{low:02x}"
+    """Subnet address, public IP and VTEP MAC of the peer with this number, as the API double makes them."""
+    subnet, address = (10 << 24) + (number << 8), (172 << 24) + (16 << 16) + 1 + number
+    mac = "0a:00:" + ":".join(f"{byte:02x}" for byte in number.to_bytes(4, "big"))
+    return dotted(subnet), dotted(address), mac
+
+
+def dotted(address: int) -> str:
+    return ".".join(str(byte) for byte in address.to_bytes(4, "big"))
 
 
 def value(number: int) -> str:
@@ -37,9 +49,9 @@ def value(number: int) -> str:
     return json.dumps(record, separators=(",", ":"))
 
 
-def write_leases(cluster: Cluster, numbers: range) -> None:
-    """Put peers into the SQLite store behind the daemon's back."""
-    ends_s = time.time() + 86400
+def write_sqlite(cluster: Cluster, numbers: range) -> float:
+    """Put peers into the SQLite store behind the daemon's back; returns when (monotonic seconds)."""
+    began, ends_s = time.monotonic(), time.time() + 86400
     with sqlite3.connect(cluster.store.place) as db:
         (revision,) = db.execute("SELECT revision FROM counter").fetchone()
         rows = []
@@ -51,31 +63,44 @@ def write_leases(cluster: Cluster, numbers: range) -> None:
         db.executemany(f"INSERT INTO lease ({columns}) VALUES (?, ?, ?, ?, ?, ?)", rows)  # noqa: S608
         db.execute("UPDATE counter SET revision = ?", (revision,))
     db.close()
+    return began
 
 
-def write_one(cluster: Cluster, number: int) -> float:
-    """Put one peer into the store; returns the moment (monotonic seconds) of the request."""
-    if not cluster.store.place.startswith("http"):
-        began = time.monotonic()
-        write_leases(cluster, range(number, number + 1))
-        return began
-    host, _, port = cluster.store.place.removeprefix("http://").partition(":")
-    key = f"/coreos.com/network/subnets/{peer(number)[0]}-24"
-    argv = (sys.executable, str(HERE / "etcd_put.py"), host, port, key, value(number))
+def write_etcd(cluster: Cluster, numbers: range) -> float:
+    """Put peers into etcd; returns when the last request was sent."""
+    file = cluster.lab.directory / "peers.txt"
+    file.write_text("".join(f"{ETCD_PREFIX}/subnets/{peer(n)[0]}-24 {value(n)}\n" for n in numbers))
+    argv = (sys.executable, str(HERE / "etcd_put.py"), str(SWITCH.ip), "2379", str(file))
     return float(cluster.lab.run(cluster.lab.switch, *argv))
 
 
-def watch_routes(node: Node, name: str, count: int) -> Process:
-    """Start to look for so many new routes."""
-    argv = [sys.executable, str(HERE / "route_watch.py"), str(count)]
+def write_kube(cluster: Cluster, numbers: range, fat: bool = False) -> float:
+    """Create Nodes; returns when the request was sent."""
+    control, began = control_of(cluster.lab), time.monotonic()
+    control.fill(len(numbers), fat=fat, first=numbers.start)
+    return began
+
+
+STORES: dict[str, tuple[str, Callable[[Cluster, range], float]]] = {
+    "sqlite": ("sqlite", write_sqlite),
+    "etcd": ("etcd", write_etcd),
+    "kube lean": ("kube", write_kube),
+    "kube fat": ("kube", lambda cluster, numbers: write_kube(cluster, numbers, fat=True)),
+}
+
+
+def watch_entries(node: Node, name: str, count: int, *only: str) -> Process:
+    """Start to look for so many new entries of each kind."""
+    argv = [sys.executable, str(HERE / "entry_watch.py"), str(count), *only]
     watcher = node.lab.spawn(node.netns, f"watch-{name}", argv)
     watcher.wait_text("listening")
     return watcher
 
 
-def seen(watcher: Process) -> list[float]:
-    """Moments (monotonic seconds) at which the routes appeared."""
-    return [float(line.split()[0]) for line in watcher.output(60).splitlines() if line[:1].isdigit()]
+def last_seen(watcher: Process) -> dict[str, float]:
+    """For each kind of entry the moment (monotonic seconds) at which the last one appeared."""
+    lines = (line.split() for line in watcher.output(120).splitlines())
+    return {words[0]: float(words[2]) for words in lines if len(words) == 3}
 
 
 def floor(lab: Lab, netns: str, count: int) -> float:
@@ -85,8 +110,8 @@ def floor(lab: Lab, netns: str, count: int) -> float:
         "link add bench0 type vxlan id 9 local 192.168.77.12 dev eth0 dstport 8479 nolearning",
         "link set bench0 up",
     )
-    files = {"ip": [], "bridge": []}  # type: dict[str, list[str]]
-    for number in range(count):
+    files: dict[str, list[str]] = {"ip": [], "bridge": []}
+    for number in range(FIRST_PEER, FIRST_PEER + count):
         subnet, public_ip, mac = peer(number)
         files["ip"].append(f"neigh replace {subnet} lladdr {mac} dev bench0 nud permanent")
         files["bridge"].append(f"fdb replace {mac} dev bench0 dst {public_ip} self permanent")
@@ -97,49 +122,110 @@ def floor(lab: Lab, netns: str, count: int) -> float:
         paths[tool].write_text("\n".join(lines) + "\n")
     began = time.monotonic()
     for tool, path in paths.items():
-        lab.run(netns, tool, "-batch", str(path))
+        lab.run(netns, tool, "-batch", str(path), timeout_s=120)
     took = time.monotonic() - began
     lab.ip(netns, "link del bench0")
     return took
 
 
-@pytest.mark.parametrize("count", [1000, 5000, 10000])
-def test_start_with_many_peers(cluster_of: Callable[..., Cluster], count: int) -> None:
-    cluster = cluster_of(2, "sqlite", NETWORK)
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a process has used: CPU seconds, its children's included, and peak memory in MiB."""
+
+    cpu_s: float
+    peak_mib: float
+
+    @classmethod
+    def of(cls, pid: int) -> Usage:
+        status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return cls(sum(map(int, fields[11:15])) / 100, int(status["VmHWM"].split()[0]) / 1024)
+
+
+def prepare(cluster: Cluster, store: str, count: int) -> float:
+    """Fill the store with peers; returns the floor."""
     node, other = cluster.nodes
-    cluster.start(node)  # makes the database
-    node.stop()
-    node.lab.ip(node.netns, "link del flannel.1")
-    write_leases(cluster, range(count))
-    bottom = floor(node.lab, other.netns, count)
-    watcher = watch_routes(node, "start", count)
+    if store == "sqlite":
+        cluster.start(node)  # makes the database
+        node.stop()
+        node.lab.ip(node.netns, "link del flannel.1")
+        (node.directory / "state.json").unlink(missing_ok=True)
+    STORES[store][1](cluster, range(FIRST_PEER, FIRST_PEER + count))
+    return floor(node.lab, other.netns, count)
+
+
+CASES = [
+    *((store, count) for store in ("sqlite", "etcd", "kube lean") for count in (1000, 5000, 10000)),
+    ("kube fat", 5000),
+    ("kube lean", 20000),
+]
+
+
+@pytest.mark.parametrize(("store", "count"), CASES)
+def test_start_with_many_peers(cluster_of: Callable[..., Cluster], store: str, count: int) -> None:
+    cluster = cluster_of(2, STORES[store][0], NETWORK)
+    node = cluster.nodes[0]
+    bottom = prepare(cluster, store, count)
+    watcher = watch_entries(node, "start", count)
     began = time.monotonic()
     node.start(FROZEN, cluster.store)
-    node.wait_subnet()
+    node.wait_subnet(120)
     to_subnet_env = time.monotonic() - began
-    to_last_route = max(seen(watcher)) - began
-    pid = node.daemon.popen.pid
-    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    cpu_s = (int(fields[11]) + int(fields[12])) / 100
+    seen = {kind: moment - began for kind, moment in last_seen(watcher).items()}
+    used = Usage.of(node.daemon.popen.pid)
     print(
-        f"\n{count} peers: subnet.env after {to_subnet_env:.2f} s, last route after {to_last_route:.2f} s, "
-        f"floor (iproute2 batches) {bottom:.2f} s, ratio {to_last_route / bottom:.2f}, "
-        f"CPU {cpu_s:.2f} s, peak RSS {status['VmHWM'].strip()}"
+        f"\n{store}, {count} peers: subnet.env after {to_subnet_env:.2f} s, last route {seen['route']:.2f}, "
+        f"neighbour {seen['neighbour']:.2f}, FDB entry {seen['fdb']:.2f}; floor (iproute2 batches) "
+        f"{bottom:.2f} s, ratio {max(seen.values()) / bottom:.2f}; "
+        f"CPU {used.cpu_s:.2f} s, peak RSS {used.peak_mib:.0f} MiB"
     )
 
 
-@pytest.mark.parametrize("store", ["sqlite", "etcd"])
+@pytest.mark.parametrize("store", ["etcd", "kube lean"])
+def test_at_rest_with_5000_peers(cluster_of: Callable[..., Cluster], store: str) -> None:
+    count = 5000
+    cluster = cluster_of(2, STORES[store][0], NETWORK)
+    node = cluster.nodes[0]
+    prepare(cluster, store, count)
+    node.start(FROZEN, cluster.store, PROBES)
+    wait_for(lambda: "flannel is ready" in node.log.read_text(), 60.0, "the daemon", node.log)
+    pid = node.daemon.popen.pid
+
+    def passes() -> float:
+        text = node.lab.run(node.netns, "curl", "-s", "http://127.0.0.1:8081/metrics")
+        name = 'flannel_reconcile_duration_seconds_count{what="network"} '
+        return float(text.partition(name)[2].split()[0])
+
+    wait_for((node.directory / "state.json").exists, 10.0, "the state file")
+    before, done = Usage.of(pid), passes()
+    rounds = 5
+    for number in range(rounds):
+        # Any news of the device makes the daemon look at everything; nothing differs.
+        node.lab.ip(node.netns, f"link set flannel.1 alias look{number}")
+        wait_for(lambda: passes() > done + number, 10.0, "a pass", node.log)  # noqa: B023
+    looked = Usage.of(pid)
+    time.sleep(IDLE_S)
+    idle = Usage.of(pid).cpu_s - looked.cpu_s
+    each = (looked.cpu_s - before.cpu_s) / rounds
+    print(
+        f"\n{store}, {count} peers at rest: one look at everything {each:.2f} CPU s; "
+        f"idle {idle:.2f} CPU s in {IDLE_S:.0f} s, "
+        f"{100 * (idle / IDLE_S + each / 300):.3f} % of one core with a look each 300 s"
+    )
+
+
+@pytest.mark.parametrize("store", ["sqlite", "etcd", "kube lean"])
 def test_one_lease_changed(cluster_of: Callable[..., Cluster], store: str) -> None:
-    cluster = cluster_of(1, store, NETWORK)
+    kind, write = STORES[store]
+    cluster = cluster_of(1, kind, NETWORK)
     node = cluster.nodes[0]
     cluster.start()
     wait_for(lambda: "flannel is ready" in node.log.read_text(), 5.0, "the daemon")
     took = []
-    for number in range(CHANGES):
-        watcher = watch_routes(node, str(number), 1)
-        written = write_one(cluster, number)
-        took.append((seen(watcher)[0] - written) * 1000)
+    for number in range(FIRST_PEER, FIRST_PEER + CHANGES):
+        watcher = watch_entries(node, str(number), 1, "routes")
+        written = write(cluster, range(number, number + 1))
+        took.append((last_seen(watcher)["route"] - written) * 1000)
     print(
         f"\none lease, from the write request to {store} until its route is in the kernel: "
         f"median {statistics.median(took):.1f} ms, min {min(took):.1f}, max {max(took):.1f}"

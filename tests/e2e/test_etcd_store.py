@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import socket
 import subprocess
 import threading
@@ -22,7 +23,8 @@ import pytest
 
 from cni.errors import ConfigError, LeaseLost, OutOfSubnets, StoreUnavailable
 from flanneld.config import NetConf, parse_netconf, validate
-from flanneld.lease import Attributes, Lease, Snapshot
+from flanneld.flags import Options
+from flanneld.lease import Attributes, Change, Lease, LeaseSet, Snapshot
 from flanneld.subnet import etcd
 from flanneld.subnet.etcd import EtcdManager
 from tests.e2e.etcd_server import EtcdServer, TlsFiles
@@ -348,7 +350,108 @@ def test_the_name_shows_the_previous_subnet(keys: Keys) -> None:
     assert keys.manager(previous=previous).name == "Etcd Local Manager with Previous Subnet: 10.3.7.0/24"
 
 
+# Upstream's vectors for watches, one lease and all of them, and for renewal
+
+
+def test_the_key_and_value_of_a_lease_under_the_default_prefix(own_keys: Keys) -> None:
+    server = own_keys.server
+    with closing(EtcdManager([server.endpoint], Options().etcd_prefix)) as manager:
+        with pytest.raises(StoreUnavailable, match=r"/coreos\.com/network/config does not exist"):
+            manager.network_config()
+        one = '{ "Network": "10.1.0.0/16", "SubnetMin": "10.1.5.0", "SubnetMax": "10.1.5.0" }'
+        server.etcdctl("put", "/coreos.com/network/config", one)
+        manager.acquire(manager.network_config(), OWN, None)
+    assert server.etcdctl("get", "--prefix", "/coreos.com/network/subnets").splitlines() == [
+        "/coreos.com/network/subnets/10.1.5.0-24",
+        '{"PublicIP":"1.2.3.4","PublicIPv6":null}',
+    ]
+
+
+def test_each_event_is_a_batch_of_one_and_own_ones_are_no_peers(keys: Keys) -> None:
+    keys.create("subnets/10.3.5.0-24", PEER)
+    manager = keys.manager()
+    own = manager.acquire(CONF, OWN, None)
+    updates = manager.watch(Event())
+    known = LeaseSet().fold(next(updates))
+    assert [lease.key for lease in known.peers(own)] == ["10.3.5.0-24"]
+
+    keys.create("subnets/10.3.77.0-24", PEER, ttl_s=1)
+    added = next(updates)
+    assert isinstance(added, tuple)
+    assert [(change.key, change.lease is not None) for change in added] == [("10.3.77.0-24", True)]
+    assert next(updates) == (Change("10.3.77.0-24", None),)  # etcd ended it
+
+    renewed = manager.renew(own)
+    written = next(updates)
+    assert isinstance(written, tuple)
+    assert [(change.key, change.lease and change.lease.revision) for change in written] == [
+        (own.key, renewed.revision)
+    ]
+    assert [lease.key for lease in known.fold(written).peers(own)] == ["10.3.5.0-24"]
+    keys.server.etcdctl("del", f"{keys.prefix}/subnets/{own.key}")
+    assert next(updates) == (Change(own.key, None),)
+
+
+def revision_of(server: EtcdServer) -> int:
+    return int(json.loads(server.etcdctl("get", "x", "-w", "json"))["header"]["revision"])
+
+
+@pytest.mark.parametrize("restart", [False, True], ids=["running", "restarted"])
+def test_own_lease_gone_before_a_compaction_is_missed_in_the_snapshot(own_keys: Keys, restart: bool) -> None:
+    keys = own_keys
+    keys.create("subnets/10.3.5.0-24", PEER)
+    manager = keys.manager()
+    own = manager.acquire(CONF, OWN, None)
+    updates = manager.watch(Event())
+    assert own.key in LeaseSet().fold(next(updates)).by_key
+    keys.server.etcdctl("del", f"{keys.prefix}/subnets/{own.key}")
+    keys.create("subnets/10.3.6.0-24", PEER)
+    keys.server.etcdctl("compact", str(revision_of(keys.server)))
+    if restart:
+        keys.server.kill()
+        keys.server.start()
+    again = next(updates)
+    assert isinstance(again, Snapshot)
+    assert {lease.key for lease in again.leases} == {"10.3.5.0-24", "10.3.6.0-24"}
+    assert manager.renew(own).key == own.key
+    live = next(updates)
+    assert isinstance(live, tuple)
+    assert [change.key for change in live] == [own.key]
+
+
+def test_a_watch_whose_receiver_is_busy_can_be_cancelled(keys: Keys) -> None:
+    manager, stop = keys.manager(), Event()
+    updates = manager.watch(stop)
+    next(updates)
+    keys.create("subnets/10.3.5.0-24", PEER)
+    assert next(updates)
+    for number in range(20):
+        keys.put("subnets/10.3.5.0-24", PEER.replace("1.1.1.1", f"1.1.1.{number}"))
+    began = time.monotonic()
+    stop.set()
+    assert list(updates) == []
+    assert time.monotonic() - began < 1
+
+
 # Trouble
+
+
+def test_a_store_that_lost_its_data_is_filled_again(own_keys: Keys) -> None:
+    keys = own_keys
+    manager = keys.manager()
+    lease = manager.acquire(CONF, OWN, None)
+    with Watching(manager) as watching:
+        keys.server.kill()
+        watching.thread.join(5)
+    shutil.rmtree(keys.server._data_dir)
+    keys.server.start()
+    assert manager.stored(OWN_IP) is None
+    with Watching(manager) as watching:
+        assert watching.leases == {}
+        again = manager.renew(lease)
+        watching.wait_until(lambda now: lease.key in now)
+    assert (again.key, again.attrs) == (lease.key, lease.attrs)
+    assert keys.text(f"subnets/{lease.key}") == OWN.encode()
 
 
 def test_a_compacted_history_gives_a_snapshot_and_goes_on(keys: Keys) -> None:
@@ -358,8 +461,7 @@ def test_a_compacted_history_gives_a_snapshot_and_goes_on(keys: Keys) -> None:
     assert isinstance(next(updates), Snapshot)
     keys.server.etcdctl("del", f"{keys.prefix}/subnets/10.3.5.0-24")
     keys.create("subnets/10.3.6.0-24", PEER)
-    revision = json.loads(keys.server.etcdctl("get", "x", "-w", "json"))["header"]["revision"]
-    keys.server.etcdctl("compact", str(revision))
+    keys.server.etcdctl("compact", str(revision_of(keys.server)))
     again = next(updates)
     assert isinstance(again, Snapshot)
     assert [lease.key for lease in again.leases] == ["10.3.6.0-24"]
@@ -687,7 +789,7 @@ def test_endpoints_that_cannot_be_right(endpoint: str) -> None:
 
 
 def test_a_server_inside_a_namespace(tmp_path: Path) -> None:
-    """The helper's own promise: its etcd listens in there, and not here."""
+    """The test server's own promise: it listens in there, and not here."""
     name = f"pfl{os.getpid()}-etcd"
     subprocess.run(["ip", "netns", "add", name], check=True)
     try:

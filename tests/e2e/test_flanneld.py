@@ -405,7 +405,7 @@ REFUSALS: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
     "no such interface": ("", ["--iface=nope0"], ("--iface=nope0", "no interface has this name", "eth0")),
     "address of nobody": ("", ["--public-ip=1.2.3.4"], ("--public-ip=1.2.3.4", "--iface")),
     "margin out of range": ("", ["--subnet-lease-renew-margin=1440"], ("1440", "1439")),
-    "kubernetes": ("", ["--kube-subnet-mgr"], ("--kube-subnet-mgr",)),
+    "kubernetes without a node": ("", ["--kube-subnet-mgr"], ("NODE_NAME", "POD_NAME", "POD_NAMESPACE")),
     "half a key pair": (
         "",
         ["--etcd-endpoints=https://127.0.0.1:1", "--etcd-keyfile=/nonexistent"],
@@ -573,7 +573,9 @@ def test_probes_tell_running_from_ready(cluster_of: Clusters) -> None:
     node.start(FROZEN, cluster.store, "--healthz-port=8081")
     node.daemon.wait_text("Waiting for the store")
     assert probe(node, "/healthz") == "flanneld is running 200"
-    assert probe(node, "/readyz") == "flanneld is not ready yet 503"
+    answer = probe(node, "/readyz")
+    assert answer.startswith("flanneld is not ready yet\nwaiting for the store (reading the network config")
+    assert answer.endswith(" 503")
     os.kill(etcd.popen.pid, signal.SIGCONT)
     wait_for(lambda: probe(node, "/readyz") == "flanneld is ready 200", 10.0, "readiness", node.log)
     assert probe(node, "/nothing").endswith("404")
@@ -583,3 +585,46 @@ def test_port_of_the_probes_in_use(bare: Lab, tmp_path: Path) -> None:
     process = run(bare, *FROZEN, *own_flags(tmp_path), "--healthz-ip=192.0.2.1", "--healthz-port=8081")
     assert process.popen.returncode == 1
     assert "--healthz-ip=192.0.2.1" in last_error(process)
+
+
+def test_direct_routing_needs_no_tunnel_where_there_is_no_gateway(cluster_of: Clusters) -> None:
+    """Two nodes on one link reach each other directly; with a gateway in between, through the tunnel."""
+    network = {"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan", "DirectRouting": True}}
+    cluster = cluster_of(2, "sqlite", network)
+    cluster.start()
+    node, other = cluster.nodes
+    near, far = node.add_pod("near", PLUGINS), other.add_pod("far", PLUGINS)
+
+    def route() -> str:
+        return node.lab.run(node.netns, "ip", "route", "show", str(other.subnet)).strip()
+
+    assert route().startswith(f"{other.subnet} via {other.address} dev eth0")
+    assert overlay(node)["fdb"] == overlay(node)["neighbours"] == []
+    node.lab.run(near.netns, "ping", "-n", "-c2", "-i0.1", "-W2", far.endpoint.address)
+    node.lab.ip(node.netns, f"route del {other.subnet}")
+    wait_for(lambda: "dev eth0" in route(), 2.0, "the direct route back", node.log)
+    node.lab.ip(node.netns, f"route add {other.address}/32 via 192.168.77.2")
+    wait_for(lambda: "dev flannel.1 onlink" in route(), 5.0, "the tunnel", node.log)
+    assert len(overlay(node)["fdb"]) == len(overlay(node)["neighbours"]) == 1
+    node.lab.ip(node.netns, f"route del {other.address}/32 via 192.168.77.2")
+    wait_for(lambda: "dev eth0" in route(), 5.0, "the direct route", node.log)
+    wait_for(lambda: overlay(node)["fdb"] == [], 2.0, "no tunnel any more", node.log)
+
+
+def test_blackhole_route_beside_the_bridge(cluster_of: Clusters) -> None:
+    cluster = cluster_of(2)
+    node, other = cluster.nodes
+    node.start(FROZEN, cluster.store, "--ip-blackhole-route", "--iptables-resync=1")
+    cluster.start(other)
+    node.wait_subnet()
+    cluster.wait_meshed(node)
+
+    def blackhole() -> str:
+        return node.lab.run(node.netns, "ip", "route", "show", "type", "blackhole").strip()
+
+    wait_for(lambda: blackhole().startswith(f"blackhole {node.subnet} "), 5.0, "the route", node.log)
+    near, far = node.add_pod("near", PLUGINS), other.add_pod("far", PLUGINS)
+    node.lab.run(far.netns, "ping", "-n", "-c2", "-i0.1", "-W2", near.endpoint.address)
+    assert blackhole().startswith(f"blackhole {node.subnet} ")
+    node.lab.ip(node.netns, f"route flush {node.subnet} type blackhole")
+    wait_for(lambda: blackhole().startswith(f"blackhole {node.subnet} "), 2.0, "the repair", node.log)

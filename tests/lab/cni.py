@@ -47,12 +47,13 @@ class Attachment:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """What a result says about the attached interface."""
+    """What a result says about the attached interface; `address` is the first of `addresses`."""
 
     address: str
     mac: str
     host_veth: str
     gateway: str
+    addresses: tuple[str, ...]
 
     @classmethod
     def of(cls, result: Json, ifname: str = "eth0") -> Endpoint:
@@ -66,8 +67,16 @@ class Endpoint:
         veths = [other["name"] for _, other in interfaces if other["name"].startswith("veth")]
         if not addresses or not veths:
             raise LabError(f"the ADD result lists no address or no host veth: {json.dumps(result)}")
-        ip = addresses[0]
-        return cls(ip["address"].partition("/")[0], link["mac"], veths[0], ip.get("gateway", ""))
+        plain = tuple(ip["address"].partition("/")[0] for ip in addresses)
+        return cls(plain[0], link["mac"], veths[0], addresses[0].get("gateway", ""), plain)
+
+    @property
+    def address6(self) -> str:
+        """The interface's first IPv6 address; raises LabError if it has none."""
+        for address in self.addresses:
+            if ":" in address:
+                return address
+        raise LabError(f"the interface has no IPv6 address, only {', '.join(self.addresses)}")
 
 
 class Runtime:

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from ipaddress import IPv4Address, IPv4Interface
+from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -30,6 +30,12 @@ SWITCH = IPv4Interface("192.168.77.2/24")
 OUTSIDE = IPv4Address("192.168.77.1")
 WORLD = IPv4Address("203.0.113.1")
 FIRST_NODE = IPv4Address("192.168.77.11")
+UNDERLAY6_PREFIX = 64
+SWITCH6 = IPv6Interface("fd77::2/64")
+OUTSIDE6 = IPv6Address("fd77::1")
+WORLD6 = IPv6Address("2001:db8:113::1")
+FIRST_NODE6 = IPv6Address("fd77::11")
+IPV4, DUAL, IPV6 = (4,), (4, 6), (6,)  # the address families of an underlay
 MTU_BYTES = 1500
 
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -212,11 +218,15 @@ def _command(argv: Sequence[str], stdin: str = "", timeout_s: float = COMMAND_S)
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A running process of the lab and the file that takes its stdout and stderr."""
+    """A running process of the lab and the file that takes its stdout and stderr.
+
+    `begins` is where its own output starts: the log may hold that of an earlier process.
+    """
 
     popen: subprocess.Popen[bytes]
     log: Path
     child: Child
+    begins: int = 0
 
     def require_running(self) -> None:
         """Raise LabError if the process has ended."""
@@ -225,10 +235,10 @@ class Process:
             raise LabError(f"{self.child.what} ended with status {status}", self.log)
 
     def wait_text(self, text: str, timeout_s: float = 10.0) -> None:
-        """Return once the log contains `text`; raises LabError when the process ends before."""
+        """Return once the process has written `text`; raises LabError when it ends before."""
 
         def seen() -> bool:
-            found = text in self.log.read_text(errors="replace")
+            found = text in self.log.read_bytes()[self.begins :].decode(errors="replace")
             if not found:
                 self.require_running()
             return found
@@ -263,6 +273,7 @@ class Lab:
         self.switch = f"{self.prefix}net"
         self.outside = f"{self.prefix}out"
         self.nodes: dict[str, IPv4Address] = {}
+        self.nodes6: dict[str, IPv6Address] = {}
         self.kept = False
         self._owner = child_of(os.getpid(), "owner")
         self._processes: list[Process] = []
@@ -280,18 +291,32 @@ class Lab:
         """The namespace of the node or pod called `name`."""
         return self.prefix + name
 
-    def create(self, nodes: int) -> None:
-        """Build the underlay, the outside host and `nodes` nodes called node1, node2, ..."""
+    def create(self, nodes: int, families: Sequence[int] = IPV4) -> None:
+        """Build the underlay, the outside host and `nodes` nodes called node1, node2, ...
+
+        Each has an address and a default route in each of `families`; `nodes` and `nodes6` name both
+        addresses whether they are given or not.
+        """
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         remove(self.directory)
         self._save()
         self.nodes = {f"node{i + 1}": FIRST_NODE + i for i in range(nodes)}
+        self.nodes6 = {f"node{i + 1}": FIRST_NODE6 + i for i in range(nodes)}
         self._add_namespaces([self.switch, self.outside, *map(self.netns, self.nodes)])
-        self._build_switch()
-        self._build_host(self.outside, OUTSIDE, [f"addr add {WORLD}/32 dev lo"])
+        self._build_switch(families)
+        self._build_host(
+            self.outside,
+            {4: (OUTSIDE, f"addr add {WORLD}/32 dev lo"), 6: (OUTSIDE6, f"addr add {WORLD6}/128 dev lo")},
+            families,
+        )
         for name, address in self.nodes.items():
-            self._build_host(self.netns(name), address, [f"route add default via {OUTSIDE}"])
-            self.run(self.netns(name), "sysctl", "-qw", "net.ipv4.ip_forward=1")
+            defaults: dict[int, tuple[IPv4Address | IPv6Address, str]] = {
+                4: (address, f"route add default via {OUTSIDE}"),
+                6: (self.nodes6[name], f"route add ::/0 via {OUTSIDE6}"),
+            }
+            self._build_host(self.netns(name), defaults, families)
+            forwarding = {4: "net.ipv4.ip_forward=1", 6: "net.ipv6.conf.all.forwarding=1"}
+            self.run(self.netns(name), "sysctl", "-qw", *(forwarding[family] for family in families))
         self._save()
 
     def _add_namespaces(self, names: Sequence[str]) -> None:
@@ -299,10 +324,11 @@ class Lab:
         for name in names:
             self.ip(name, "link set lo up")
 
-    def _build_switch(self) -> None:
+    def _build_switch(self, families: Sequence[int]) -> None:
+        addresses = {4: f"addr add {SWITCH} dev br0", 6: f"addr add {SWITCH6} dev br0 nodad"}
         lines = [
             f"link add br0 mtu {MTU_BYTES} type bridge stp_state 0 forward_delay 0 mcast_snooping 0",
-            f"addr add {SWITCH} dev br0",
+            *(addresses[family] for family in families),
             "link set br0 up",
         ]
         ports = {"out": self.outside} | {name: self.netns(name) for name in self.nodes}
@@ -314,8 +340,22 @@ class Lab:
             ]
         self.ip(self.switch, *lines)
 
-    def _build_host(self, netns: str, address: IPv4Address, more: Sequence[str]) -> None:
-        self.ip(netns, f"addr add {address}/{UNDERLAY_PREFIX} dev eth0", "link set eth0 up", *more)
+    def _build_host(
+        self,
+        netns: str,
+        by_family: Mapping[int, tuple[IPv4Address | IPv6Address, str]],
+        families: Sequence[int],
+    ) -> None:
+        """Give a host, for each family, its address and carry out one more line that needs it."""
+        chosen = [by_family[family] for family in families]
+        addresses = [
+            f"addr add {address}/{UNDERLAY_PREFIX} dev eth0"
+            if address.version == 4
+            # Without the second that proving the address takes: nobody else here has it.
+            else f"addr add {address}/{UNDERLAY6_PREFIX} dev eth0 nodad"
+            for address, _ in chosen
+        ]
+        self.ip(netns, *addresses, "link set eth0 up", *(line for _, line in chosen))
 
     def add_pod(self, name: str) -> str:
         """Make an empty pod, a namespace with `lo` up, and return its namespace."""
@@ -341,6 +381,7 @@ class Lab:
         """Start a process in `netns`; the lab ends it. Its output is appended to `<what>.log`."""
         log = self.directory / f"{what}.log"
         with uninterrupted(), log.open("ab") as out:
+            begins = out.tell()
             popen = subprocess.Popen(
                 [program("ip"), "netns", "exec", netns, *argv],
                 stdin=subprocess.DEVNULL,
@@ -350,7 +391,7 @@ class Lab:
                 cwd=cwd,
                 start_new_session=True,
             )
-            process = Process(popen, log, child_of(popen.pid, what))
+            process = Process(popen, log, child_of(popen.pid, what), begins)
             self._processes.append(process)
             self._save()
         return process

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
 
 from tests.lab.cni import Attachment, Endpoint, Json, Runtime
@@ -25,6 +25,16 @@ ETCD_PREFIX = "/coreos.com/network"
 READY_S = 20.0
 
 
+def source_plugins(lab: Lab) -> tuple[Path, Path]:
+    """A CNI path whose `flannel` runs from the source tree, with upstream's plugins behind it."""
+    folder = lab.directory / "cni-bin"
+    folder.mkdir(exist_ok=True)
+    plugin = folder / "flannel"
+    plugin.write_text(f'#!/bin/sh\nPYTHONPATH={REPOSITORY} exec {sys.executable} -m cni "$@"\n')
+    plugin.chmod(0o755)
+    return folder, UPSTREAM_CNI_BIN
+
+
 @dataclass(frozen=True, slots=True)
 class Store:
     """Where leases live: the flags that tell `flanneld`, and a word for the reader."""
@@ -41,9 +51,11 @@ def sqlite_store(lab: Lab, network_config: Mapping[str, object]) -> Store:
     return Store((f"--lease-db={database}", f"--net-config-path={config}"), str(database))
 
 
-def etcd_store(lab: Lab, network_config: Mapping[str, object]) -> Store:
-    """Start etcd on the underlay's switch and write the network configuration into it."""
-    endpoint, peer = f"http://{SWITCH.ip}:2379", f"http://{SWITCH.ip}:2380"
+def etcd_store(
+    lab: Lab, network_config: Mapping[str, object], address: IPv4Address | IPv6Address = SWITCH.ip
+) -> Store:
+    """Start etcd on this address of the underlay's switch and write the network configuration into it."""
+    endpoint, peer = _url(address, 2379), _url(address, 2380)
     process = lab.spawn(
         lab.switch,
         "etcd",
@@ -59,14 +71,18 @@ def etcd_store(lab: Lab, network_config: Mapping[str, object]) -> Store:
         ],
     )
     process.wait_text("ready to serve client requests")
-    etcdctl(lab, "put", f"{ETCD_PREFIX}/config", json.dumps(network_config))
+    etcdctl(lab, "put", f"{ETCD_PREFIX}/config", json.dumps(network_config), endpoint=endpoint)
     return Store((f"--etcd-endpoints={endpoint}",), endpoint)
 
 
-def etcdctl(lab: Lab, *words: str) -> str:
-    """Run etcdctl against the lab's etcd and return its stdout."""
-    endpoint = f"--endpoints=http://{SWITCH.ip}:2379"
-    return lab.run(lab.switch, "env", "ETCDCTL_API=3", program("etcdctl"), endpoint, *words)
+def etcdctl(lab: Lab, *words: str, endpoint: str = "") -> str:
+    """Run etcdctl against the lab's etcd, which may have an `endpoint` of its own, and return its stdout."""
+    where = f"--endpoints={endpoint or _url(SWITCH.ip, 2379)}"
+    return lab.run(lab.switch, "env", "ETCDCTL_API=3", program("etcdctl"), where, *words)
+
+
+def _url(address: IPv4Address | IPv6Address, port: int) -> str:
+    return f"http://[{address}]:{port}" if address.version == 6 else f"http://{address}:{port}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +104,7 @@ class Node:
         self.name = name
         self.netns = lab.netns(name)
         self.address = lab.nodes[name]
+        self.address6 = lab.nodes6[name]
         self.directory = lab.directory / name
         self.directory.mkdir(mode=0o700, exist_ok=True)
         self.subnet_file = self.directory / "subnet.env"
@@ -111,7 +128,7 @@ class Node:
             "--iface=eth0",
             "--ip-masq",
         )
-        argv = [*command, *own, *store.flags, *flags]
+        argv = ["env", f"NODE_NAME={self.name}", *command, *own, *store.flags, *flags]
         self._daemon = self.lab.spawn(self.netns, f"flanneld-{self.name}", argv, cwd=REPOSITORY)
 
     def stop(self) -> None:
@@ -119,7 +136,12 @@ class Node:
         self.daemon.end()
 
     def wait_subnet(self, timeout_s: float = READY_S) -> IPv4Network:
-        """Wait until this start of the daemon has written subnet.env; return the node's subnet."""
+        """Wait until this start of the daemon has written subnet.env; return the node's IPv4 subnet."""
+        self.wait_written(timeout_s)
+        return self.subnet
+
+    def wait_written(self, timeout_s: float = READY_S) -> None:
+        """Wait until this start of the daemon has written subnet.env."""
 
         def written() -> bool:
             if self._subnet_file_identity() in (None, self._stale):
@@ -128,15 +150,16 @@ class Node:
             return True
 
         wait_for(written, timeout_s, f"{self.subnet_file} from flanneld on {self.name}", self.log)
-        return self.subnet
 
-    def wait_routes(self, subnets: Iterable[IPv4Network], timeout_s: float = READY_S) -> None:
-        """Wait until the node's main table has a route to each of these peers' subnets."""
+    def wait_routes(self, subnets: Iterable[IPv4Network | IPv6Network], timeout_s: float = READY_S) -> None:
+        """Wait until the node's main tables have a route to each of these peers' subnets."""
         wanted = {str(subnet) for subnet in subnets}
+        families = ["-6" if ":" in subnet else "-4" for subnet in wanted]
 
         def routed() -> bool:
             self.daemon.require_running()
-            return wanted <= {route["dst"] for route in self.lab.show(self.netns, "ip", "route")}
+            tables = (self.lab.show(self.netns, "ip", family, "route") for family in sorted(set(families)))
+            return wanted <= {route["dst"] for table in tables for route in table}
 
         wait_for(routed, timeout_s, f"routes to {', '.join(sorted(wanted))} on {self.name}", self.log)
 
@@ -150,6 +173,21 @@ class Node:
     def subnet(self) -> IPv4Network:
         """The node's pod subnet, from subnet.env."""
         return IPv4Network(self.environment["FLANNEL_SUBNET"], strict=False)
+
+    @property
+    def subnet6(self) -> IPv6Network:
+        """The node's IPv6 pod subnet, from subnet.env."""
+        return IPv6Network(self.environment["FLANNEL_IPV6_SUBNET"], strict=False)
+
+    @property
+    def subnets(self) -> list[IPv4Network | IPv6Network]:
+        """The node's pod subnets of every family that subnet.env has, IPv4 first."""
+        found: list[IPv4Network | IPv6Network] = []
+        if "FLANNEL_SUBNET" in self.environment:
+            found.append(self.subnet)
+        if "FLANNEL_IPV6_SUBNET" in self.environment:
+            found.append(self.subnet6)
+        return found
 
     def conflist(self) -> Json:
         """The stock flannel conflist, with every path inside the node's directory.
@@ -182,9 +220,12 @@ class Node:
         return Pod(name, self, netns, attachment, Endpoint.of(result))
 
     def reservations(self) -> list[str]:
-        """The addresses that host-local's store holds now."""
+        """The addresses that host-local's store holds now, IPv4 first."""
         store = self.directory / "cni-networks" / "cbr0"
-        return sorted(path.name for path in store.glob("*.*.*.*") if path.name[0].isdigit())
+        held = [path.name for path in store.iterdir()] if store.exists() else []
+        return sorted(name for name in held if name.count(".") == 3 and name[0].isdigit()) + sorted(
+            name for name in held if ":" in name
+        )
 
     def _subnet_file_identity(self) -> tuple[int, int] | None:
         try:

@@ -16,14 +16,20 @@ TIMEOUT_S = 5.0
 CHUNK_BYTES = 1 << 18
 
 
+def listen(port: int) -> socket.socket:
+    """A server of both families; an IPv4 client shows as ::ffff:A.B.C.D."""
+    return socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True)
+
+
 def answer(port: int, name: str) -> None:
     """Serve for ever; one JSON line to each client."""
-    with socket.create_server(("0.0.0.0", port)) as server:
+    with listen(port) as server:
         print("listening", flush=True)
         while True:
-            client, (address, _) = server.accept()
+            client, (address, *_) = server.accept()
+            said = {"name": name, "peer": address.removeprefix("::ffff:")}
             with client, contextlib.suppress(ConnectionError):  # a client that left is no reason to end
-                client.sendall(json.dumps({"name": name, "peer": address}).encode() + b"\n")
+                client.sendall(json.dumps(said).encode() + b"\n")
 
 
 def ask(address: str, port: int) -> None:
@@ -34,7 +40,7 @@ def ask(address: str, port: int) -> None:
 
 def sink(port: int) -> None:
     """Count one stream to its end; the clock runs from the first byte."""
-    with socket.create_server(("0.0.0.0", port)) as server:
+    with listen(port) as server:
         server.settimeout(TIMEOUT_S)
         print("listening", flush=True)
         client, _ = server.accept()

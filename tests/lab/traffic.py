@@ -100,11 +100,14 @@ def ask(lab: Lab, netns: str, address: str, port: int) -> Answer:
     return Answer(**json.loads(said))
 
 
-def transfer(lab: Lab, source: Pod, target: Pod, size_bytes: int, port: int = 5001) -> Transfer:
-    """Send one TCP stream of `size_bytes` from one pod to the other."""
+def transfer(
+    lab: Lab, source: Pod, target: Pod, size_bytes: int, port: int = 5001, address: str = ""
+) -> Transfer:
+    """Send one TCP stream of `size_bytes` from one pod to the other, to the `address` of it if given."""
     receiver = lab.spawn(target.netns, "sink", [*PEER, "sink", str(port)])
     receiver.wait_text("listening")
-    lab.run(source.netns, *PEER, "pour", target.endpoint.address, str(port), str(size_bytes))
+    where = address or target.endpoint.address
+    lab.run(source.netns, *PEER, "pour", where, str(port), str(size_bytes))
     counted = json.loads(receiver.output().splitlines()[-1])
     if counted["bytes"] != size_bytes:
         raise LabError(f"{target.name} received {counted['bytes']} of {size_bytes} bytes")

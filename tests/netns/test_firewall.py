@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import os
+import re
+import select
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from ipaddress import IPv4Network, IPv6Network
+from ipaddress import IPv4Network
 from pathlib import Path
 
 import pytest
 
 from cni.errors import ConfigError, KernelError
 from cni.net import firewall
-from cni.net.firewall import Iptables, Nftables
-from cni.net.ruleset import Firewall, NftTable, Ruleset
-from flanneld.masquerade import IPTABLES_CHAINS, NFT_TABLES, FamilyRanges, FirewallSpec, render
-from tests.netns.firewall_fixtures import Namespace, namespace, recorded_programs
-
-V4 = FamilyRanges(IPv4Network("10.42.0.0/16"), IPv4Network("10.42.1.0/24"))
-V6 = FamilyRanges(IPv6Network("fd00:10:244::/56"), IPv6Network("fd00:10:244:1::/64"))
-SPEC = FirewallSpec(masquerade=True, forward=True, random_fully=True, families=(V4, V6))
-RULES = render(SPEC)
-
-MASQ_JUMP = '-A POSTROUTING -m comment --comment "flanneld masq" -j FLANNEL-POSTRTG'
-FORWARD_JUMP = '-A FORWARD -m comment --comment "flanneld forward" -j FLANNEL-FWD'
+from cni.net.firewall import Nftables
+from cni.net.ruleset import NftTable
+from flanneld.masquerade import NFT_TABLES, FamilyRanges, FirewallSpec, render
+from tests.netns.firewall_fixtures import (
+    FORWARD_JUMP,
+    MASQ_JUMP,
+    RULES,
+    SPEC,
+    V4,
+    V6,
+    Host,
+    Namespace,
+    iptables,
+    namespace,
+    nftables,
+    recorded_host,
+    recorded_programs,
+)
 
 # The four jumps that kube-proxy keeps at the head of FORWARD, and one rule of an operator in nat.
 KUBE_FORWARD = [
@@ -42,52 +50,21 @@ FOREIGN_FILTER = "".join(f":{rule.split()[-1]} - [0:0]\n" for rule in KUBE_FORWA
 FOREIGN = f"*filter\n{FOREIGN_FILTER}\nCOMMIT\n*nat\n{OPERATOR}\nCOMMIT\n"
 
 
-@dataclass
-class Host:
-    """A namespace that stands for a node, and the log of the iptables programs started in it."""
-
-    ns: Namespace
-    log: Path
-
-    def iptables(self, arguments: str) -> list[str]:
-        return self.ns.run(f"iptables {arguments}").splitlines()
-
-    def restores(self) -> list[str]:
-        return [line for line in self.log.read_text().splitlines() if "-restore" in line]
-
-    def ensure(self, manager: Firewall, rules: Ruleset = RULES) -> bool:
-        return self.ns.call(lambda: manager.ensure(rules))
-
-    def remove(self, manager: Firewall) -> bool:
-        return self.ns.call(manager.remove)
-
-
 @pytest.fixture
 def node() -> Iterator[Namespace]:
     with namespace() as made:
         yield made
 
 
-@pytest.fixture(params=["xtables-nft-multi", "xtables-legacy-multi"], ids=["nf_tables", "legacy"])
+@pytest.fixture(params=["nf_tables", "legacy"])
 def host(
     request: pytest.FixtureRequest, node: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Host:
     """A node where `iptables` is of either kind, with rules of others in it."""
-    names = [f"{ip}tables{what}" for ip in ("ip", "ip6") for what in ("", "-restore", "-save")]
-    log = recorded_programs(tmp_path, dict.fromkeys(names, request.param))
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setenv("XTABLES_LOCKFILE", str(tmp_path / "xtables.lock"))
+    made = recorded_host(node, request.param, tmp_path, monkeypatch)
     node.run("iptables-restore --noflush", FOREIGN)
-    log.write_text("")
-    return Host(node, log)
-
-
-def iptables() -> Iptables:
-    return Iptables(IPTABLES_CHAINS)
-
-
-def nftables() -> Nftables:
-    return Nftables(NFT_TABLES)
+    made.forget()
+    return made
 
 
 def test_iptables_listing_is_the_one_of_upstream(host: Host) -> None:
@@ -115,7 +92,13 @@ def test_iptables_listing_is_the_one_of_upstream(host: Host) -> None:
 def test_ip6tables_listing_is_the_one_of_upstream(host: Host) -> None:
     host.ensure(iptables())
     assert host.ns.run("ip6tables -t nat -S POSTROUTING").splitlines()[1:] == [MASQ_JUMP]
-    assert host.ns.run("ip6tables -t nat -S FLANNEL-POSTRTG").splitlines()[5:] == [
+    masq = '-m comment --comment "flanneld masq"'
+    assert host.ns.run("ip6tables -t nat -S FLANNEL-POSTRTG").splitlines() == [
+        "-N FLANNEL-POSTRTG",
+        f"-A FLANNEL-POSTRTG -m mark --mark 0x4000/0x4000 {masq} -j RETURN",
+        f"-A FLANNEL-POSTRTG -s fd00:10:244:1::/64 -d fd00:10:244::/56 {masq} -j RETURN",
+        f"-A FLANNEL-POSTRTG -s fd00:10:244::/56 -d fd00:10:244:1::/64 {masq} -j RETURN",
+        f"-A FLANNEL-POSTRTG ! -s fd00:10:244::/56 -d fd00:10:244:1::/64 {masq} -j RETURN",
         '-A FLANNEL-POSTRTG -s fd00:10:244::/56 ! -d ff00::/8 -m comment --comment "flanneld masq"'
         " -j MASQUERADE --random-fully",
         '-A FLANNEL-POSTRTG ! -s fd00:10:244::/56 -d fd00:10:244::/56 -m comment --comment "flanneld masq"'
@@ -136,10 +119,10 @@ def test_iptables_without_random_fully(host: Host) -> None:
 def test_a_second_pass_and_a_restarted_daemon_start_no_restore(host: Host) -> None:
     manager = iptables()
     host.ensure(manager)
-    assert len(host.restores()) == 4
+    assert len(host.writes()) == 4
     assert not host.ensure(manager)
     assert not host.ensure(iptables())
-    assert len(host.restores()) == 4
+    assert len(host.writes()) == 4
 
 
 REORDER = "-t nat -R FLANNEL-POSTRTG 1 -s 10.42.1.0/24 -d 10.42.0.0/16 -j RETURN"
@@ -164,7 +147,7 @@ def test_damage_in_a_chain_of_ours_is_repaired_in_place(host: Host, damage: str)
     assert (host.iptables("-t nat -S"), host.iptables("-S")) != before
     assert host.ensure(manager)
     assert (host.iptables("-t nat -S"), host.iptables("-S")) == before
-    assert len(host.restores()) == 5
+    assert len(host.writes()) == 5
 
 
 def test_deleted_and_doubled_jumps_are_repaired(host: Host) -> None:
@@ -206,8 +189,8 @@ def test_what_is_switched_off_at_a_restart_goes_away(host: Host) -> None:
     host.log.write_text("")
     assert not host.ensure(manager, only_forward)
     assert host.log.read_text().splitlines() == [
-        "iptables --wait -t filter -S FORWARD",
-        "iptables --wait -t filter -S FLANNEL-FWD",
+        "iptables --wait 10 -t filter -S FORWARD",
+        "iptables --wait 10 -t filter -S FLANNEL-FWD",
     ]
 
 
@@ -224,7 +207,7 @@ def test_without_ip6tables_the_rest_is_loaded_and_removed(host: Host) -> None:
     manager = iptables()
     with pytest.raises(ConfigError, match=r"^ip6tables is neither in PATH .*Debian package: iptables"):
         host.ensure(manager)
-    assert len(host.restores()) == 2
+    assert len(host.writes()) == 2
     assert not host.ensure(iptables(), render(replace(SPEC, families=(V4,))))
     assert host.remove(iptables())
     assert not host.remove(iptables())
@@ -359,9 +342,16 @@ def test_tables_that_vanish_after_every_transaction_are_written_each_time(
     assert log.read_text().splitlines().count("nft -f -") == 2
 
 
-def test_a_restarted_daemon_finds_its_nft_rules_unchanged(node: Namespace) -> None:
-    node.call(lambda: nftables().ensure(RULES))
-    assert not node.call(lambda: nftables().ensure(RULES))
+def test_an_nft_that_prints_rules_in_another_way_loads_them_once_more(
+    node: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = recorded_host(node, "nf_tables", tmp_path, monkeypatch)
+    host.ensure(nftables())
+    host.forget()
+    manager, foreign = nftables(), replace(RULES, nft_listing="table ip flannel-ipv4 { # of tomorrow\n}\n")
+    assert not host.ensure(manager, foreign), "loaded, but nothing differs"
+    assert not host.ensure(manager, foreign)
+    assert host.writes() == ["nft -f -"]
 
 
 @pytest.mark.parametrize(
@@ -418,7 +408,7 @@ def test_a_refused_nft_transaction_leaves_the_tables_as_they_were(node: Namespac
     manager = nftables()
     node.call(lambda: manager.ensure(RULES))
     before = node.run("nft list ruleset")
-    wrong = replace(RULES, nft=RULES.nft + "add rule ip flannel-ipv4 no-such-chain accept\n")
+    wrong = replace(RULES, nft=RULES.nft + "add rule ip flannel-ipv4 no-such-chain accept\n", nft_listing="")
     with pytest.raises(KernelError, match=r"^cannot write tables .*: exit 1: .*No such file"):
         node.call(lambda: manager.ensure(wrong))
     assert node.run("nft list ruleset") == before
@@ -445,12 +435,10 @@ class Topology:
 def topology() -> Iterator[Topology]:
     """The namespaces and their links.
 
-        pod                     node                        outside
-        10.42.1.5       10.42.1.1  192.0.2.1        192.0.2.2, 10.42.2.5
-        eth0 ------------- veth0    eth0 ------------------ eth0
-        fd00:10:244:1::5    ...:1::1  2001:db8::1   2001:db8::2, fd00:10:244:2::5
-
-    FORWARD's policy in the node is DROP, as Docker sets it.
+    pod                     node                        outside
+    10.42.1.5       10.42.1.1  192.0.2.1        192.0.2.2, 10.42.2.5
+    eth0 ------------- veth0    eth0 ------------------ eth0
+    fd00:10:244:1::5    ...:1::1  2001:db8::1   2001:db8::2, fd00:10:244:2::5
     """
     with ExitStack() as stack:
         made = Topology(*(stack.enter_context(namespace()) for _ in range(3)))
@@ -481,33 +469,120 @@ def topology() -> Iterator[Topology]:
 
 
 def seen_source(topology: Topology, target: str) -> str:
-    """The source address that `target`, an address of `outside`, sees when the pod sends to it."""
+    """The source address that `target`, an address of `outside`, sees when it talks with the pod."""
+    return talk(topology.pod, topology.outside, target)
+
+
+def talk(caller: Namespace, callee: Namespace, target: str, source: str = "") -> str:
+    """Send a datagram to `target`, an address of `callee`, and back; the source address that `callee` saw."""
     kind = socket.AF_INET6 if ":" in target else socket.AF_INET
-    receiver = topology.outside.call(lambda: socket.socket(kind, socket.SOCK_DGRAM))
-    sender = topology.pod.call(lambda: socket.socket(kind, socket.SOCK_DGRAM))
+    receiver = callee.call(lambda: socket.socket(kind, socket.SOCK_DGRAM))
+    sender = caller.call(lambda: socket.socket(kind, socket.SOCK_DGRAM))
     with receiver, sender:
-        receiver.settimeout(5)
+        for each in (receiver, sender):
+            each.settimeout(5)
         receiver.bind((target, 0))
+        sender.bind((source, 0))
         sender.sendto(b"x", (target, receiver.getsockname()[1]))
-        return str(receiver.recvfrom(1)[1][0])
+        _, seen = receiver.recvfrom(1)
+        receiver.sendto(b"y", seen)
+        assert sender.recv(1) == b"y"
+        return str(seen[0])
 
 
-@pytest.mark.parametrize("make", [iptables, nftables])
+@pytest.mark.parametrize("kind", ["nf_tables", "legacy", "nft"])
 def test_pods_are_masqueraded_towards_the_world_only(
-    topology: Topology, make: Callable[[], Firewall]
+    topology: Topology, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    manager = make()
-    node = topology.node
-    if make is iptables:
-        node.run("iptables -P FORWARD DROP")
-        node.run("ip6tables -P FORWARD DROP")
-    else:
-        assert seen_source(topology, "192.0.2.2") == "10.42.1.5", "no rules, no masquerading"
-    assert node.call(lambda: manager.ensure(RULES))
+    host = recorded_host(topology.node, "nf_tables" if kind == "nft" else kind, tmp_path, monkeypatch)
+    manager = nftables() if kind == "nft" else iptables()
+    assert seen_source(topology, "192.0.2.2") == "10.42.1.5", "no rules, no masquerading"
+    assert seen_source(topology, "2001:db8::2") == "fd00:10:244:1::5"
+    assert host.ensure(manager)
     assert seen_source(topology, "192.0.2.2") == "192.0.2.1"
     assert seen_source(topology, "2001:db8::2") == "2001:db8::1"
     assert seen_source(topology, "10.42.2.5") == "10.42.1.5"
     assert seen_source(topology, "fd00:10:244:2::5") == "fd00:10:244:1::5"
-    assert node.call(manager.remove)
-    if make is nftables:
-        assert seen_source(topology, "192.0.2.2") == "10.42.1.5"
+    assert host.remove(manager)
+    assert seen_source(topology, "192.0.2.2") == "10.42.1.5"
+
+
+# What Docker 25 keeps in a node with one bridge of its own, which stand before anything appended later.
+DOCKER = """*filter
+:FORWARD DROP [0:0]
+:DOCKER - [0:0]
+:DOCKER-ISOLATION-STAGE-1 - [0:0]
+:DOCKER-ISOLATION-STAGE-2 - [0:0]
+:DOCKER-USER - [0:0]
+-A FORWARD -j DOCKER-USER
+-A FORWARD -j DOCKER-ISOLATION-STAGE-1
+-A FORWARD -o docker0 -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+-A FORWARD -o docker0 -j DOCKER
+-A FORWARD -i docker0 ! -o docker0 -j ACCEPT
+-A FORWARD -i docker0 -o docker0 -j ACCEPT
+-A DOCKER-ISOLATION-STAGE-1 -i docker0 ! -o docker0 -j DOCKER-ISOLATION-STAGE-2
+-A DOCKER-ISOLATION-STAGE-1 -j RETURN
+-A DOCKER-ISOLATION-STAGE-2 -o docker0 -j DROP
+-A DOCKER-ISOLATION-STAGE-2 -j RETURN
+-A DOCKER-USER -j RETURN
+COMMIT
+"""
+
+
+def dropped(node: Namespace, program: str) -> int:
+    """Packets that fell to FORWARD's policy."""
+    head = node.run(f"{program} -nvxL FORWARD").splitlines()[0]
+    found = re.search(r"policy DROP (\d+) packets", head)
+    assert found is not None, head
+    return int(found[1])
+
+
+def is_blocked(topology: Topology, target: str) -> bool:
+    """Whether a datagram from the pod to `target` falls to FORWARD's policy, instead of arriving."""
+    kind, program = (socket.AF_INET6, "ip6tables") if ":" in target else (socket.AF_INET, "iptables")
+    before = dropped(topology.node, program)
+    receiver = topology.outside.call(lambda: socket.socket(kind, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK))
+    sender = topology.pod.call(lambda: socket.socket(kind, socket.SOCK_DGRAM))
+    with receiver, sender:
+        receiver.bind((target, 0))
+        sender.sendto(b"x", (target, receiver.getsockname()[1]))
+        arrived = select.select([receiver], [], [], 0)[0]
+        while not arrived and dropped(topology.node, program) == before:
+            arrived = select.select([receiver], [], [], 0.05)[0]
+        return not arrived
+
+
+WORLD, PEERS = ("192.0.2.2", "2001:db8::2"), ("10.42.2.5", "fd00:10:244:2::5")
+
+
+@pytest.mark.parametrize("kind", ["nf_tables", "legacy"])
+def test_pods_are_reached_behind_the_rules_of_docker(
+    topology: Topology, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = recorded_host(topology.node, kind, tmp_path, monkeypatch)
+    for program in ("iptables", "ip6tables"):
+        host.ns.run(f"{program}-restore --noflush", DOCKER)
+    assert [is_blocked(topology, target) for target in (*WORLD, *PEERS)] == [True] * 4
+
+    host.ensure(iptables())
+    assert [seen_source(topology, target) for target in WORLD] == ["192.0.2.1", "2001:db8::1"]
+    assert [seen_source(topology, target) for target in PEERS] == ["10.42.1.5", "fd00:10:244:1::5"]
+    for peer, pod in zip(PEERS, ("10.42.1.5", "fd00:10:244:1::5"), strict=True):
+        assert talk(topology.outside, topology.pod, pod, source=peer) == peer
+    assert host.iptables("-S FORWARD")[0] == "-P FORWARD DROP", "the policy is not ours"
+    assert host.iptables("-S FORWARD")[-1] == FORWARD_JUMP
+
+    host.remove(iptables())
+    assert is_blocked(topology, "192.0.2.2")
+
+
+def test_nft_rules_cannot_lift_the_policy_of_another_table(
+    topology: Topology, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel asks every base chain of a hook: an accept in ours is no accept in that of iptables."""
+    host = recorded_host(topology.node, "nf_tables", tmp_path, monkeypatch)
+    host.ns.run("iptables-restore --noflush", DOCKER)
+    host.ensure(nftables())
+    assert is_blocked(topology, "10.42.2.5")
+    host.iptables("-P FORWARD ACCEPT")
+    assert seen_source(topology, "10.42.2.5") == "10.42.1.5"

@@ -250,6 +250,14 @@ def test_a_device_is_mended_in_place(up: Node, change: str) -> None:
     assert up.snapshot() == DESIRED
 
 
+def test_a_device_is_not_given_up_for_one_that_cannot_be_made(up: Node) -> None:
+    elsewhere = V4._replace(vxlan=V4.vxlan._replace(underlay="eth7"))
+    [refused] = up.reach({**DESIRED, elsewhere.key: elsewhere})
+    assert (refused.operation.verb, refused.errno) == ("drop", errno.ENODEV)
+    assert "eth7" in refused.text
+    assert up.snapshot() == DESIRED
+
+
 def test_an_existing_device_of_upstream_is_kept_as_it_is(node: Node) -> None:
     """As the Go daemon leaves it behind, made here by iproute2."""
     node.run(
@@ -400,7 +408,9 @@ def test_the_route_of_another_backend_is_taken_over(node: Node) -> None:
         "ip neigh add fd00:9:: lladdr 02:00:00:00:00:09 dev flannel-v6.1 nud permanent",
         "bridge fdb add 02:00:00:00:00:09 dev flannel.1 dst 192.168.77.9 self permanent",
         "bridge fdb append 00:00:00:00:00:00 dev flannel.1 dst 192.168.77.9 self permanent",
+        "bridge fdb append 33:33:00:00:00:01 dev flannel.1 dst 192.168.77.9 self permanent",
         "ip addr add 10.244.9.0/32 dev flannel.1",
+        "ip addr add 10.244.9.1/8 dev flannel.1 noprefixroute",
         "ip addr add fd00:9::/128 dev flannel-v6.1",
         "ip addr add fd00:10:244:9::/128 dev flannel.1",
     ],
@@ -443,18 +453,42 @@ def test_foreign_entries_are_neither_seen_nor_dropped(up: Node) -> None:
         assert lost == set(), command
 
 
-def test_direct_routes_are_those_with_a_gateway_into_the_networks(up: Node) -> None:
-    up.run("ip route add 10.244.7.0/24 via 192.168.77.7 dev eth0")
-    up.run("ip route add 10.245.7.0/24 via 192.168.77.7 dev eth0")
-    up.run("ip route add 10.244.8.0/24 dev eth0")
-    up.run("ip -6 route add fd00:10:244:7::/64 via fd77::7 dev eth0")
-    direct = Scope((), SCOPE.networks, "eth0")
-    assert up.kernel.snapshot(direct) == state(
+def test_elsewhere_only_marked_routes_into_the_networks_are_ours(up: Node) -> None:
+    for command in (
+        "ip route add 10.244.7.0/24 via 192.168.77.7 dev eth0 proto 241",
+        "ip route add 10.244.8.0/24 dev far proto 241",
+        "ip -6 route add fd00:10:244:7::/64 via fd77::7 dev eth0 proto 241",
+        # By their words any of these could be the daemon's, but somebody else made them.
+        "ip route add 10.244.9.0/24 via 192.168.77.9 dev eth0",
+        "ip route add 10.244.10.0/24 via 192.168.77.9 dev eth0 proto static",
+        "ip -6 route add fd00:10:244:9::/64 via fd77::9 dev eth0",
+        # Marked, and not in our network.
+        "ip route add 10.245.7.0/24 via 192.168.77.7 dev eth0 proto 241",
+        "ip route add 10.244.0.0/15 via 192.168.77.7 dev eth0 proto 241",
+        "ip route add blackhole 10.244.11.0/24 proto 241",
+        "ip -6 route add blackhole fd00:10:244:11::/64 proto 241",
+        "ip route add 10.244.12.0/24 via 192.168.77.7 dev eth0 proto 241 table 100",
+    ):
+        up.run(command)
+    assert up.kernel.snapshot(Scope((), SCOPE.networks)) == state(
         [
-            Route("eth0", "10.244.7.0/24", "192.168.77.7"),
-            Route("eth0", "fd00:10:244:7::/64", "fd77::7", metric=1024),
+            Route("eth0", "10.244.7.0/24", "192.168.77.7", marked=True),
+            Route("far", "10.244.8.0/24", "", marked=True),
+            Route("eth0", "fd00:10:244:7::/64", "fd77::7", metric=1024, marked=True),
         ]
     )
+    assert up.reach(DESIRED) == []
+    shown = up.run("ip route show") + up.run("ip -6 route show")
+    assert all(f"{gone} " not in shown for gone in ("10.244.7.0/24", "10.244.8.0/24", "fd00:10:244:7::/64"))
+    kept = (
+        "10.244.9.0/24",
+        "10.244.10.0/24",
+        "fd00:10:244:9::/64",
+        "10.245.7.0/24",
+        "10.244.11.0/24",
+        "10.244.0.0/15",
+    )
+    assert all(f"{stays} " in shown for stays in kept)
 
 
 def test_an_fdb_entry_of_a_bridge_port_belongs_to_the_bridge(up: Node) -> None:
@@ -591,8 +625,14 @@ def test_a_failed_batch_leaves_no_answers_for_the_next(up: Node) -> None:
 # ---- notifications
 
 
+def quiet(node: Node) -> None:
+    """Wait until the kernel has told of the IPv6 addresses that were put: it does so a little later."""
+    wait_for(lambda: node.run("ip -6 addr show tentative scope global") == "")
+
+
 @pytest.fixture
 def monitor(up: Node) -> Iterator[Monitor]:
+    quiet(up)
     with closing(up.ns.call(lambda: Monitor(frozenset(SCOPE.links)))) as made:
         yield made
 
@@ -644,6 +684,11 @@ CHANGES: dict[str, tuple[str, Change]] = {
     "IPv6 route taken over": (
         "ip -6 route replace fd00:10:244:2::/64 via fd77::9 dev eth0",
         Change(True, "", Route("", "fd00:10:244:2::/64", "fd77::9", metric=1024)),
+    ),
+    # IPv6 makes one route with two gateways of it.
+    "IPv6 route joined by another": (
+        "ip -6 route append fd00:10:244:2::/64 via fd77::9 dev eth0",
+        Change(True, "", Route("", "fd00:10:244:2::/64", "", metric=1024)),
     ),
     # The kernel tells a deleted neighbour without its MAC; the key is the same.
     "neighbour deleted": (
@@ -723,6 +768,7 @@ def test_what_is_not_ours_is_not_told(monitor: Monitor, up: Node) -> None:
         "ip route add 10.99.0.0/16 via 10.244.2.0 dev flannel.1 onlink table 100",
         f"ip neigh add 192.168.77.9 lladdr {OTHER} dev eth0 nud permanent",
         "ip link del cni0",
+        "ip addr add fe80::7/64 dev flannel.1",
     ):
         up.run(command)
     assert silent(monitor, up) == []
@@ -817,6 +863,8 @@ DAMAGE = [
     "ip route del 10.244.2.0/24",
     "ip route replace 10.244.2.0/24 via 192.168.77.9 dev eth0",
     "ip route replace blackhole 10.244.2.0/24",
+    "ip -6 route replace fd00:10:244:2::/64 via fd77::9 dev eth0",
+    "ip -6 route append fd00:10:244:2::/64 via fd77::9 dev eth0",
     "ip route flush dev flannel.1",
     "ip neigh flush dev flannel.1 nud permanent",
     f"bridge fdb del {MAC} dev flannel.1 dst 192.168.77.2 self",

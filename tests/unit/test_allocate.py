@@ -102,6 +102,14 @@ def naive6(config: NetConf, leases: list[Lease]) -> list[IPv6Network]:
     return found
 
 
+def naive_free(config: NetConf, leases: list[Lease]) -> tuple[list[IPv4Network], list[IPv6Network]]:
+    """What may be handed out beside `leases`, in the enabled families."""
+    return (
+        naive(config, leases) if config.enable_ipv4 else [],
+        naive6(config, leases) if config.enable_ipv6 else [],
+    )
+
+
 @given(configs(), LEASES, st.integers(1, 70))
 def test_candidates_are_those_of_the_naive_twin(config: NetConf, leases: list[Lease], limit: int) -> None:
     v4 = naive(config, leases)[:limit] if config.enable_ipv4 else []
@@ -133,8 +141,17 @@ def test_what_is_chosen_fits_and_is_free(
             assert allocate.taker(made, others) is None
             assert drop == tuple(mine)
             assert not any(allocate.fits(config, lease) for lease in mine)
-            if previous is not None:
-                assert (made.key == previous.key) is not bool(note)
+            given = previous or Lease(None, None, Attributes())
+            assert bool(note) is (
+                (config.enable_ipv4 and given.subnet not in (None, subnet))
+                or (config.enable_ipv6 and given.subnet6 not in (None, subnet6))
+            )
+            # Whatever can be kept is kept, in each family for itself; what the pods use now comes first.
+            free, free6 = naive_free(config, others)
+            had = [x.subnet for x in (given, *mine) if x.subnet in free]
+            had6 = [x.subnet6 for x in (given, *mine) if x.subnet6 in free6]
+            assert not had or subnet == had[0]
+            assert not had6 or subnet6 == had6[0]
 
 
 @given(configs(), LEASES)
@@ -186,9 +203,9 @@ def test_the_first_own_lease_that_fits_is_kept() -> None:
     ("previous", "note"),
     [
         ("10.3.6.0/24", ""),
-        ("10.4.1.0/24", "previous subnet 10.4.1.0-24 does not fit SubnetLen 24 from 10.3.1.0 to 10.3.25.0"),
-        ("10.3.6.0/25", "previous subnet 10.3.6.0-25 does not fit SubnetLen 24 from 10.3.1.0 to 10.3.25.0"),
-        ("10.3.4.0/24", "previous subnet 10.3.4.0-24 is taken: 10.3.4.0-24 belongs to 1.1.1.1"),
+        ("10.4.1.0/24", "previous subnet 10.4.1.0/24 does not fit SubnetLen 24 from 10.3.1.0 to 10.3.25.0"),
+        ("10.3.6.0/25", "previous subnet 10.3.6.0/25 does not fit SubnetLen 24 from 10.3.1.0 to 10.3.25.0"),
+        ("10.3.4.0/24", "previous subnet 10.3.4.0/24 is taken: 10.3.4.0-24 belongs to 1.1.1.1"),
     ],
 )
 def test_the_previous_subnet(previous: str, note: str) -> None:
@@ -197,6 +214,60 @@ def test_the_previous_subnet(previous: str, note: str) -> None:
     assert isinstance(decision, Create)
     assert decision.note == note
     assert (decision.subnet == before.subnet) is (note == "")
+
+
+FIVE, FIVE6 = IPv4Network("10.3.5.0/24"), IPv6Network("fd00:3:0:5::/64")
+DUAL = replace(conf(), enable_ipv6=True, ipv6_network=IPv6Network("fd00:3::/48"))
+ONLY6 = replace(DUAL, enable_ipv4=False)
+
+
+@pytest.mark.parametrize(
+    ("config", "held_now", "subnet", "subnet6"),
+    [
+        (DUAL, (FIVE, None), FIVE, None),
+        (DUAL, (None, FIVE6), None, FIVE6),
+        (conf(), (FIVE, FIVE6), FIVE, None),
+        (ONLY6, (FIVE, FIVE6), None, FIVE6),
+    ],
+)
+@pytest.mark.parametrize("known_from", ["store", "subnet file"])
+def test_a_family_that_comes_or_goes_leaves_the_other_its_subnet(
+    config: NetConf,
+    held_now: tuple[IPv4Network | None, IPv6Network | None],
+    subnet: IPv4Network | None,
+    subnet6: IPv6Network | None,
+    known_from: str,
+) -> None:
+    config = validate(config, "test")
+    before = Lease(*held_now, Attributes(OWN))
+    stored, previous = (
+        ([before], None) if known_from == "store" else ([], replace(before, attrs=Attributes()))
+    )
+    decision = allocate.choose(config, stored, OWN, previous, random.Random(1))
+    assert isinstance(decision, Create)
+    assert (decision.drop, decision.note) == (tuple(stored), "")
+    assert decision.subnet == subnet if subnet else bool(decision.subnet) is config.enable_ipv4
+    assert decision.subnet6 == subnet6 if subnet6 else bool(decision.subnet6) is config.enable_ipv6
+
+
+def test_what_the_pods_use_comes_before_what_the_store_remembers() -> None:
+    stored = Lease(FIVE, None, Attributes(OWN))
+    before = Lease(IPv4Network("10.3.6.0/24"), None, Attributes())
+    decision = allocate.choose(validate(DUAL, "test"), [stored], OWN, before, random.Random(1))
+    assert isinstance(decision, Create)
+    assert (decision.subnet, decision.drop, decision.note) == (before.subnet, (stored,), "")
+
+
+def test_each_family_of_the_previous_subnet_has_its_own_reason() -> None:
+    config = validate(DUAL, "test")
+    other = Lease(None, IPv6Network("fd00:3:0:4::/62"), OTHER)
+    before = Lease(IPv4Network("10.4.1.0/24"), FIVE6, Attributes())
+    decision = allocate.choose(config, [other], OWN, before, random.Random(1))
+    assert isinstance(decision, Create)
+    assert decision.note == (
+        "previous subnet 10.4.1.0/24 does not fit SubnetLen 24 from 10.3.1.0 to 10.3.25.0;"
+        " previous subnet fd00:3:0:5::/64 is taken: fd00:3:0:4::-62 belongs to 9.9.9.9"
+    )
 
 
 def test_a_node_is_known_by_ipv6_only_where_it_has_no_ipv4() -> None:

@@ -12,10 +12,10 @@ from flanneld.flags import (
     FlagError,
     HelpAsked,
     Options,
+    Parsed,
     Store,
     VersionAsked,
     check_ranges,
-    not_yet,
     parse,
     usage,
 )
@@ -57,8 +57,8 @@ UPSTREAM = [
     ("net-config-path", "/etc/kube-flannel/net-conf.json", "/n", "/n"),
     ("set-node-network-unavailable", True, "FALSE", False),
     ("v", 0, "4", 4),
-    ("vmodule", "", "main=2", "main=2"),
-    ("log_backtrace_at", "", "main.go:5", "main.go:5"),
+    ("vmodule", (), "etcd=2,,re*=4,x=0", (("etcd", 2), ("re*", 4))),
+    ("log_backtrace_at", "", "daemon.py:05", "daemon.py:5"),
     ("lease-db", "", "/l", "/l"),
     ("state-dir", "/var/lib/flannel", "/s", "/s"),
 ]
@@ -112,6 +112,8 @@ def test_last_wins_and_lists_append() -> None:
     result = options("--iface=a", "-iface", "b", "-public-ip=1", "--iface=c", "-public-ip=2")
     assert result.iface == ("a", "b", "c")
     assert result.public_ip == "2"
+    # Not a list flag although its value is one, as in klog.
+    assert options("--vmodule=a=1,b=2", "--vmodule=c=3").vmodule == (("c", 3),)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +134,29 @@ def test_last_wins_and_lists_append() -> None:
         (
             ["--healthz-port=9223372036854775808"],
             'invalid value "9223372036854775808" for flag -healthz-port: value out of range',
+        ),
+        *(
+            (
+                [f"--vmodule={text}"],
+                f'invalid value "{text}" for flag -vmodule: '
+                "syntax error: expect comma-separated list of filename=N",
+            )
+            for text in ("x", "=1", "x=", "x=1=2", "x=y", "a=1,b")
+        ),
+        (
+            ["--vmodule=x=-1"],
+            'invalid value "x=-1" for flag -vmodule: negative value for vmodule level',
+        ),
+        *(
+            (
+                [f"--log_backtrace_at={text}"],
+                f'invalid value "{text}" for flag -log_backtrace_at: syntax error: expect file.go:234',
+            )
+            for text in ("x", "x.py", "x:1", "x.py:", ":1", "x.py:1:2", "x.py:y")
+        ),
+        (
+            ["--log_backtrace_at=x.py:-1"],
+            'invalid value "x.py:-1" for flag -log_backtrace_at: negative value for line',
         ),
         (["--version", "--bad"], "flag provided but not defined: -bad"),
         (["--bad", "--help"], "flag provided but not defined: -bad"),
@@ -192,6 +217,11 @@ def test_go_integers(text: str, value: int) -> None:
 def test_not_go_integers(text: str) -> None:
     with pytest.raises(FlagError):
         parse([f"--healthz-port={text}"], {})
+
+
+def test_no_place_for_a_backtrace() -> None:
+    assert options("--log_backtrace_at=").log_backtrace_at == ""
+    assert options("--log_backtrace_at=x.py:0").log_backtrace_at == ""
 
 
 def test_v_is_plain_decimal_of_32_bits() -> None:
@@ -288,15 +318,27 @@ def test_bad_variables_are_told_and_the_rest_is_applied() -> None:
             "FLANNELD_SUBNET_LEASE_RENEW_MARGIN": "9" * 30,
             "FLANNELD_PUBLIC_IP": "192.0.2.1",
             "FLANNELD_V": "2",
+            "FLANNELD_VMODULE": "etcd",
         },
     )
     assert parsed.options == Options(public_ip="192.0.2.1", v=2)
-    assert len(parsed.warnings) == 3
+    assert len(parsed.warnings) == 4
+    assert any("pattern=N; --vmodule stays unset" in line for line in parsed.warnings)
     told = {line.split()[0]: line for line in parsed.warnings}
     assert '"http"' in told["FLANNELD_HEALTHZ_PORT"]
     assert "--healthz-port stays 0" in told["FLANNELD_HEALTHZ_PORT"]
     assert "true or false" in told["FLANNELD_IPTABLES_FORWARD_RULES"]
     assert "value out of range" in told["FLANNELD_SUBNET_LEASE_RENEW_MARGIN"]
+
+
+def test_variables_that_name_no_flag_are_ignored() -> None:
+    environ = {"FLANNELD_NO_SUCH": "1", "FLANNELD_": "1", "FLANNELD_IP-MASQ": "1", "FLANNEL_IP_MASQ": "1"}
+    assert parse([], {**environ, "flanneld_ip_masq": "1", "IP_MASQ": "1"}) == Parsed(Options(), ())
+
+
+def test_a_list_from_the_environment_is_one_item() -> None:
+    result = options(FLANNELD_IFACE="eth0,eth1", FLANNELD_IFACE_REGEX="^a,b$")
+    assert (result.iface, result.iface_regex) == (("eth0,eth1",), ("^a,b$",))
 
 
 # --- what follows from the options ------------------------------------------------------------------
@@ -333,15 +375,6 @@ def test_renew_margin(margin: str, good: bool) -> None:
     else:
         with pytest.raises(ConfigError, match=rf"--subnet-lease-renew-margin is {margin}: .* 1 to 1439"):
             check_ranges(result)
-
-
-def test_not_yet() -> None:
-    assert not_yet(options()) is None
-    assert not_yet(options("--kube-api-url=u", "--kubeconfig-file=f", "--healthz-port=1")) is None
-    assert "--kube-subnet-mgr" in (not_yet(options("--kube-subnet-mgr")) or "")
-    both = not_yet(options("--kube-subnet-mgr", "--ip-blackhole-route")) or ""
-    assert "--kube-subnet-mgr" in both
-    assert "--ip-blackhole-route" in both
 
 
 @pytest.mark.parametrize(

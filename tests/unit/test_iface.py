@@ -103,6 +103,19 @@ def failure(wanted: Wanted, where: Host | None = None) -> str:
         (with_(V4, public_ip="10.9.0.5"), ("eth1", "10.9.0.5", "")),
         (with_(V6, public_ipv6="2001:db8:9::5"), ("eth1", "", "2001:db8:9::5")),
         (with_(DUAL, iface="dummy0"), ("dummy0", "1.10.100.1", "2001:db8::1")),
+        (with_(V6, iface="eth1"), ("eth1", "", "2001:db8:9::5")),
+        (with_(V6, iface_regex="eth"), ("eth1", "", "2001:db8:9::5")),
+        (with_(DUAL, iface_regex="eth"), ("eth1", "10.9.0.5", "2001:db8:9::5")),
+        (with_(DUAL, iface_can_reach="172.16.32.254"), ("dummy0", "172.16.32.100", "2001:db8::1")),
+        (with_(DUAL, public_ip="10.9.0.5"), ("eth1", "10.9.0.5", "2001:db8:9::5")),
+        (with_(DUAL, public_ipv6="2001:db8:9::5"), ("eth1", "10.9.0.5", "2001:db8:9::5")),
+        (
+            with_(DUAL, public_ip="10.9.0.5", public_ipv6="2001:db8:9::5"),
+            ("eth1", "10.9.0.5", "2001:db8:9::5"),
+        ),
+        # A literal of the other family names its owner here; upstream does not find it.
+        (with_(V6, iface="10.9.0.5"), ("eth1", "", "2001:db8:9::5")),
+        (with_(V4, iface="2001:db8:9::5"), ("eth1", "10.9.0.5", "")),
     ],
 )
 def test_criteria_choose_as_upstream(wanted: Wanted, expected: tuple[str, str, str]) -> None:
@@ -113,6 +126,12 @@ def test_a_public_ip_is_told_and_the_matched_address_used() -> None:
     found = select(host(), with_(V4, iface_regex=r"172\.16\.30\.\d+", public_ip="172.16.31.200"))
     assert found.address == IPv4Address("172.16.30.18")
     assert found.public_ip == IPv4Address("172.16.31.200")
+
+
+def test_public_addresses_of_both_families_are_told_and_need_not_be_local_with_a_named_interface() -> None:
+    found = select(host(), with_(DUAL, iface="eth1", public_ip="203.0.113.7", public_ipv6="2001:db8:77::7"))
+    assert brief(found) == ("eth1", "10.9.0.5", "2001:db8:9::5")
+    assert (found.public_ip, found.public_ipv6) == (IPv4Address("203.0.113.7"), IPv6Address("2001:db8:77::7"))
 
 
 # ---- order of the criteria
@@ -227,6 +246,16 @@ def test_a_regex_sees_usable_addresses_only() -> None:
     assert "--iface-regex=127" in failure(with_(V4, iface_regex="127"))
 
 
+@pytest.mark.parametrize("pattern", ["^eth[[:digit:]]$", "[[:^alpha:]]", "[a[:space:]]"])
+def test_a_posix_class_is_refused(pattern: str) -> None:
+    """Python would read it as a set of letters: the first would never match, and nobody would know why."""
+    assert "is not supported; write a range" in failure(with_(V4, iface_regex=pattern))
+
+
+def test_a_set_with_colons_is_no_posix_class() -> None:
+    assert select(host(), with_(V6, iface_regex="^2001[:.]db8[:]9")).name == "eth1"
+
+
 def test_a_regex_that_is_none_fails_alone() -> None:
     assert select(host(), with_(V4, iface_regex=("(", "eth"))).name == "eth1"
     assert "--iface-regex=(: not a regular expression" in failure(with_(V4, iface_regex="("))
@@ -284,10 +313,22 @@ def test_a_missing_or_multipath_default_route_is_told(
     assert words in failure(wanted, host(defaults=defaults))
 
 
+@pytest.mark.parametrize("wanted", [V6, DUAL])
+def test_a_default_route_that_leads_nowhere_is_none(wanted: Wanted) -> None:
+    """The kernel shows `unreachable default` with the loopback as its interface."""
+    nowhere = route("::/0", "", LO.ifindex)._replace(kind=7)
+    both = [route("0.0.0.0/0", "10.9.0.1", 3), nowhere]
+    assert "no IPv6 default route" in failure(wanted, host(defaults=both))
+    found = select(host(defaults=[*both, route("::/0", "fe80::1", 3)]), wanted)
+    assert found.name == "eth1"
+
+
 # ---- choice of the address
 
 
 PERMANENT, DYNAMIC = IFA_F_PERMANENT, 0
+TENTATIVE, DADFAILED = 0x40, 0x08  # linux/if_addr.h
+DUPLICATE = PERMANENT | TENTATIVE | DADFAILED
 
 
 @pytest.mark.parametrize(
@@ -304,6 +345,10 @@ PERMANENT, DYNAMIC = IFA_F_PERMANENT, 0
         ([("2001:db8::5", DYNAMIC | IFA_F_TEMPORARY), ("2001:db8::6", DYNAMIC)], "2001:db8::6"),
         ([("2001:db8::5", DYNAMIC), ("fd00::6", PERMANENT)], "fd00::6"),
         ([("fe80::1", PERMANENT), ("ff02::1", PERMANENT)], "fe80::1"),
+        ([("fd00::6", PERMANENT | TENTATIVE), ("fd00::5", PERMANENT)], "fd00::6"),
+        ([("fe80::1", PERMANENT), ("fd00::6", PERMANENT | TENTATIVE)], "fd00::6"),
+        ([("fd00::6", DUPLICATE), ("fd00::5", PERMANENT)], "fd00::5"),
+        ([("fd00::6", DUPLICATE), ("fe80::1", PERMANENT)], "fe80::1"),
     ],
 )
 def test_the_best_address_is_chosen(found: list[tuple[str, int]], best: str) -> None:
@@ -319,11 +364,22 @@ def test_the_best_address_is_chosen(found: list[tuple[str, int]], best: str) -> 
         (DUAL, [("10.9.0.5", PERMANENT)], "has no usable IPv6 address"),
         (V4, [("10.9.0.5", IFA_F_DEPRECATED)], "has no usable IPv4 address"),
         (V4, [], "has no usable IPv4 address"),
+        (V6, [("fd00::6", IFA_F_TEMPORARY | IFA_F_DEPRECATED)], "has no usable IPv6 address"),
+        (V6, [("fd00::6", DUPLICATE)], "has no usable IPv6 address; another host has fd00::6 too"),
+        (DUAL, [("fd00::6", PERMANENT), ("fe80::1", PERMANENT)], "has no usable IPv4 address"),
+        (DUAL, [("10.9.0.5", PERMANENT), ("fd00::6", DUPLICATE)], "another host has fd00::6 too"),
     ],
 )
 def test_no_usable_address_is_told(wanted: Wanted, addresses: list[tuple[str, int]], words: str) -> None:
     where = host([address(ETH1, text, flags) for text, flags in addresses])
     assert words in failure(with_(wanted, iface="eth1"), where)
+
+
+def test_a_duplicate_address_is_refused_even_where_it_is_named() -> None:
+    where = host([address(ETH1, "fd00::5"), address(ETH1, "fd00::6", DUPLICATE)])
+    assert "eth1 has this address, but another host has it too" in failure(with_(V6, iface="fd00::6"), where)
+    assert brief(select(where, with_(V6, iface="fd00::5"))) == ("eth1", "", "fd00::5")
+    assert "no interface's address" in failure(with_(V6, iface_regex="^fd00::6$"), where)
 
 
 def test_an_interface_without_an_mtu_is_refused() -> None:

@@ -42,6 +42,8 @@ PURE = frozenset(
         "flanneld.overlap",
         "flanneld.subnet.allocate",
         "flanneld.subnet.manager",
+        "flanneld.subnet.nodes",
+        "flanneld.subnet.proxy",
         "flanneld.table",
         "launcher",
         "launcher.binding",
@@ -78,8 +80,12 @@ LIBRARIES: Mapping[str, frozenset[str]] = {
     "netaddr": frozenset(),
     "etcd3": frozenset({"flanneld.subnet.etcd"}),
     "grpc": frozenset({"flanneld.subnet.etcd"}),
+    "lightkube": frozenset({"flanneld.subnet.kubeapi"}),
+    "httpx2": frozenset({"flanneld.subnet.kubeapi"}),
+    "msgspec": frozenset({"flanneld.subnet.kubeapi"}),
+    "prometheus_client": frozenset({"flanneld.metrics"}),
     "click": frozenset({"flanneld.ctl", "launcher.__main__"}),
-    "yaml": frozenset({"flanneld.ctl", "launcher.__main__"}),
+    "yaml": frozenset({"flanneld.ctl", "flanneld.subnet.kubeapi", "launcher.__main__"}),
 }
 
 
@@ -203,6 +209,8 @@ PLANTED: dict[str, tuple[str, str, str]] = {
     "pyroute2": ("cni.net.kernel", "from pyroute2 import IPRoute", "the tests alone"),
     "etcd3": ("flanneld.subnet.sqlite", "import etcd3.etcdrpc as rpc", "belongs to flanneld.subnet.etcd"),
     "grpc": ("flanneld.daemon", "import grpc", "belongs to flanneld.subnet.etcd"),
+    "lightkube": ("flanneld.subnet.kube", "import lightkube", "belongs to flanneld.subnet.kubeapi"),
+    "prometheus": ("flanneld.reconcile", "import prometheus_client", "belongs to flanneld.metrics"),
     "click": ("flanneld.view", "import click", "belongs to flanneld.ctl"),
     "yaml": ("flanneld.config", "import yaml", "belongs to flanneld.ctl"),
     "pure to a socket": ("flanneld.lease", "import socket", "must not import socket"),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cni.errors import ConfigError, KernelError
 from cni.net import firewall
-from cni.net.ruleset import ChainRules, removal_payload, update_payload
+from cni.net.ruleset import Chain, ChainRules, Family, removal_payload, update_payload
 from flanneld.masquerade import IPTABLES_CHAINS, NFT_TABLES, FamilyRanges, FirewallSpec, render
 
 V4 = FamilyRanges(IPv4Network("10.42.0.0/16"), IPv4Network("10.42.1.0/24"))
@@ -119,7 +119,7 @@ def test_nft_transaction_of_one_family_makes_both_tables() -> None:
         'add table ip6 flannel-ipv6 { comment "rules for flannel-ipv6" ; }',
         "add chain ip flannel-ipv4 postrtg { type nat hook postrouting priority 100 ; policy accept ; "
         'comment "chain to manage traffic masquerading by flannel" ; }',
-        "add rule ip flannel-ipv4 postrtg meta mark 0x4000 return",
+        "add rule ip flannel-ipv4 postrtg meta mark 0x00004000 return",
         "add rule ip flannel-ipv4 postrtg ip saddr 10.42.1.0/24 ip daddr 10.42.0.0/16 return",
         "add rule ip flannel-ipv4 postrtg ip saddr 10.42.0.0/16 ip daddr 10.42.1.0/24 return",
         "add rule ip flannel-ipv4 postrtg ip saddr != 10.42.1.0/24 ip daddr 10.42.0.0/16 return",
@@ -132,6 +132,29 @@ def test_nft_transaction_of_one_family_makes_both_tables() -> None:
         "add rule ip flannel-ipv4 forward ip saddr 10.42.0.0/16 accept",
         "add rule ip flannel-ipv4 forward ip daddr 10.42.0.0/16 accept",
     ]
+
+
+def test_the_listing_to_recognise_is_of_both_tables_in_the_words_that_nft_prints() -> None:
+    """The whole text, against the real nft, is in tests/netns/test_firewall_handover.py."""
+    listing = render(FirewallSpec(True, False, False, (V4,))).nft_listing
+    assert listing == (
+        "table ip flannel-ipv4 {\n"
+        '\tcomment "rules for flannel-ipv4"\n'
+        "\tchain postrtg {\n"
+        '\t\tcomment "chain to manage traffic masquerading by flannel"\n'
+        "\t\ttype nat hook postrouting priority srcnat; policy accept;\n"
+        "\t\tmeta mark 0x00004000 return\n"
+        "\t\tip saddr 10.42.1.0/24 ip daddr 10.42.0.0/16 return\n"
+        "\t\tip saddr 10.42.0.0/16 ip daddr 10.42.1.0/24 return\n"
+        "\t\tip saddr != 10.42.1.0/24 ip daddr 10.42.0.0/16 return\n"
+        "\t\tip saddr 10.42.0.0/16 ip daddr != 224.0.0.0/4 masquerade\n"
+        "\t\tip saddr != 10.42.0.0/16 ip daddr 10.42.0.0/16 masquerade\n"
+        "\t}\n"
+        "}\n"
+        "table ip6 flannel-ipv6 {\n"
+        '\tcomment "rules for flannel-ipv6"\n'
+        "}\n"
+    )
 
 
 def test_nft_rules_of_ipv6_use_ip6_and_go_to_the_ipv6_table() -> None:
@@ -236,6 +259,59 @@ def test_removal_takes_the_jumps_of_every_chain_and_the_chain_in_one_transaction
     assert removal_payload(chain, table.listing()) is None
 
 
+# Upstream's own vectors (pkg/trafficmngr/iptables/iptables_test.go). Its rules stand in the built-in chain;
+# ours, as the daemon's, in a chain that one jump of it leads to.
+
+
+def vector(family: Family, table: str, hook: str, *rules: str) -> ChainRules:
+    chain = Chain(family, table, "OURS", hook)
+    return ChainRules(chain, f"-A {hook} -j OURS", tuple(f"-A OURS {rule}" for rule in rules))
+
+
+LOCAL = (
+    "-s 127.0.0.1/32 -d 127.0.0.1/32 -j RETURN",
+    "-s 127.0.0.1/32 ! -d 224.0.0.0/4 -j MASQUERADE --random-fully",
+)
+FOUR_OF_IPV6 = (
+    '-s ::/0 -d ::/0 -m comment --comment "flanneld masq" -j RETURN',
+    '-s ::/0 ! -d ff00::/8 -m comment --comment "flanneld masq" -j MASQUERADE --random-fully',
+    '! -s ::/0 -d fc00::/48 -m comment --comment "flanneld masq" -j RETURN',
+    '! -s ::/0 -d ::/0 -m comment --comment "flanneld masq" -j MASQUERADE --random-fully',
+)
+VECTORS = {
+    "filter": vector(Family.IPV4, "filter", "INPUT", *LOCAL),
+    "nat": vector(Family.IPV4, "nat", "POSTROUTING", *LOCAL),
+    "IPv6": vector(Family.IPV6, "nat", "POSTROUTING", *FOUR_OF_IPV6),
+    "masquerade": MASQ_V4,
+}
+
+
+@pytest.mark.parametrize("wanted", VECTORS.values(), ids=VECTORS)
+def test_upstreams_vectors_bootstrap_ensure_and_teardown(wanted: ChainRules) -> None:
+    hook = wanted.chain.hook
+    other = f"-A {hook} -j KUBE-POSTROUTING"
+    table = NaiveTable([f"-P {hook} ACCEPT", "-N KUBE-POSTROUTING", other], hook)
+    untouched = table.listing()
+    payload = update_payload(wanted, untouched) or ""
+    assert payload == "\n".join(
+        [
+            f"*{wanted.chain.table}",
+            f":{wanted.chain.name} - [0:0]",
+            *wanted.rules,
+            wanted.jump,
+            "COMMIT",
+            "",
+        ]
+    )
+    table.restore(payload)
+    assert update_payload(wanted, table.listing()) is None, "a second pass has nothing to send"
+
+    teardown = removal_payload(wanted.chain, table.listing()) or ""
+    assert (teardown.count("*"), teardown.count("COMMIT")) == (1, 1)
+    table.restore(teardown)
+    assert table.listing() == untouched
+
+
 FOREIGN = st.sampled_from(
     [KUBE, LATER, '-A POSTROUTING -m comment --comment "x -j FLANNEL-POSTRTG" -j RETURN']
 )
@@ -293,16 +369,50 @@ def test_law_a_changed_network_leaves_no_rule_of_the_old_one(
 
 
 @pytest.mark.parametrize(
-    ("text", "version"),
+    ("text", "version", "nf_tables"),
     [
-        ("iptables v1.8.9 (nf_tables)\n", (1, 8, 9)),
-        ("iptables v1.6.2\n", (1, 6, 2)),
-        ("ip6tables v1.8.10 (legacy)\n", (1, 8, 10)),
-        ("iptables v1.6\n", (1, 6, 0)),
+        ("iptables v1.8.9 (nf_tables)\n", (1, 8, 9), True),
+        ("ip6tables v1.8.10 (legacy)\n", (1, 8, 10), False),
+        ("iptables v1.6.2\n", (1, 6, 2), False),
+        ("iptables v1.6\n", (1, 6, 0), False),
     ],
 )
-def test_versions_compare_as_numbers(text: str, version: tuple[int, int, int]) -> None:
-    assert firewall.parse_version(text) == version
+def test_versions_compare_as_numbers_and_only_a_new_iptables_writes_to_nf_tables(
+    text: str, version: tuple[int, int, int], nf_tables: bool
+) -> None:
+    assert firewall.parse_version(text) == (version, nf_tables)
+
+
+@pytest.mark.parametrize(
+    ("version", "random_fully", "listing", "restore"),
+    [
+        ("v1.4.21", False, "-t nat", "--noflush"),
+        ("v1.6.1", False, "--wait 10 -t nat", "--noflush"),
+        ("v1.6.2", True, "--wait 10 -t nat", "--noflush --wait 10"),
+        ("v1.8.9 (nf_tables)", True, "--wait 10 -t nat", "--noflush --wait 10"),
+    ],
+)
+def test_what_an_iptables_is_asked_for_depends_on_its_version(
+    version: str,
+    random_fully: bool,
+    listing: str,
+    restore: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Upstream's limits: MASQUERADE --random-fully and iptables-restore --wait since 1.6.2."""
+    for program in ("iptables", "iptables-restore"):
+        script = tmp_path / program
+        script.write_text(f'#!/bin/sh\necho "$*" >>{tmp_path}/log-{program}\necho "{program} {version}"\n')
+        script.chmod(0o755)
+    monkeypatch.setattr(firewall, "_SBIN", ())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    manager = firewall.Iptables([MASQ_V4.chain])
+    assert manager.supports_random_fully() == random_fully
+    manager.ensure(render(FirewallSpec(True, False, random_fully, (V4,))))
+    logs = [tmp_path.joinpath(f"log-{program}").read_text() for program in ("iptables", "iptables-restore")]
+    assert logs[0].splitlines()[:2] == ["--version", f"{listing} -S POSTROUTING"]
+    assert logs[1].splitlines() == [restore]
 
 
 def test_a_version_that_is_none_is_refused() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cni.net import netlink
-from cni.net.entries import Address, Entry, FdbEntry, Link, Neighbour, Route, Vxlan
+from cni.net.entries import Address, Blackhole, Entry, FdbEntry, Link, Neighbour, Route, Vxlan
 from cni.net.kernel import as_link, as_neighbour, as_route
 from cni.net.netlink import Message
 
@@ -52,13 +52,15 @@ def routes(draw: st.DrawFn) -> Route:
     version = draw(st.sampled_from((4, 6)))
     via = draw(st.one_of(st.just(""), v4 if version == 4 else v6))
     metric = draw(st.integers(0, (1 << 32) - 1))
-    return Route(LINK, draw(prefixes(version)), via, draw(st.booleans()), metric)
+    return Route(LINK, draw(prefixes(version)), via, draw(st.booleans()), metric, draw(st.booleans()))
 
 
 neighbours = st.builds(Neighbour, st.just(LINK), addresses, macs)
 fdb_entries = st.builds(FdbEntry, st.just(LINK), macs, addresses)
 own_addresses = st.one_of(prefixes(4), prefixes(6)).map(lambda prefix: Address(LINK, prefix))
-entries: st.SearchStrategy[Entry] = st.one_of(links(), own_addresses, neighbours, fdb_entries, routes())
+blackholes = st.builds(Blackhole, st.one_of(prefixes(4), prefixes(6)), st.integers(0, (1 << 32) - 1))
+on_links: st.SearchStrategy[Entry] = st.one_of(links(), own_addresses, neighbours, fdb_entries, routes())
+entries: st.SearchStrategy[Entry] = st.one_of(on_links, blackholes)
 
 
 def sent(entry: Entry) -> Message:
@@ -100,8 +102,29 @@ def test_an_fdb_entry_reads_back_as_it_was(entry: FdbEntry) -> None:
 def test_a_route_reads_back_as_it_was(entry: Route) -> None:
     found = netlink.read_route(sent(entry).body)
     assert found.ifindex == 7
-    assert (found.table, found.protocol, found.kind) == (254, 3, 1)
+    assert (found.table, found.protocol, found.kind) == (254, 241 if entry.marked else 3, 1)
     assert as_route(found, LINK) == entry
+
+
+@given(blackholes)
+def test_a_blackhole_reads_back_as_it_was(entry: Blackhole) -> None:
+    found = netlink.read_route(sent(entry).body)
+    assert (found.table, found.protocol, found.kind) == (254, 3, netlink.RTN_BLACKHOLE)
+    assert Blackhole(found.dst, found.metric) == entry
+
+
+@given(addresses)
+def test_addresses_are_written_as_python_writes_them(text: str) -> None:
+    assert netlink.address_text(netlink.packed(text)) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["::", "::1", "::102:304", "::ffff:102:304", "64:ff9b::102:304", "1:0:0:2::"]
+)
+def test_the_c_librarys_own_forms_are_not_ours(text: str) -> None:
+    """Some of them end in an IPv4 address."""
+    address = IPv6Address(text)
+    assert netlink.address_text(address.packed) == str(address)
 
 
 @given(entries)
@@ -130,9 +153,14 @@ def test_a_deletion_names_the_same_object(entry: Entry) -> None:
         case Route():
             route = netlink.read_route(body)
             assert (route.ifindex, route.dst, route.metric) == (7, entry.dst, entry.metric)
+            # A route on a link of ours is named whoever made it, elsewhere none but ours.
+            assert route.protocol == (netlink.RTPROT_FLANNEL if entry.marked else 0)
+        case Blackhole():
+            route = netlink.read_route(body)
+            assert (route.kind, route.dst, route.metric) == (netlink.RTN_BLACKHOLE, entry.dst, entry.metric)
 
 
-@given(entries)
+@given(on_links)
 def test_an_unknown_link_is_named(entry: Entry) -> None:
     wanted = UNDERLAY if isinstance(entry, Link) else LINK
     with pytest.raises(KeyError) as caught:
@@ -165,10 +193,16 @@ def test_a_neighbour_that_is_not_permanent_is_no_entry() -> None:
     assert as_neighbour(found, LINK) is None
 
 
-def test_an_fdb_entry_that_mirrors_a_bridge_is_no_entry() -> None:
-    entry = FdbEntry(LINK, "02:00:00:00:00:02", "192.0.2.2")
-    body = sent(entry).body + netlink.attr(9, netlink.u32(3))  # NDA_MASTER
+@pytest.mark.parametrize("flags", [0x04, 0x02])  # NTF_MASTER, NTF_SELF
+def test_an_fdb_entry_that_mirrors_a_bridge_is_no_entry(flags: int) -> None:
+    body = struct.pack("=BxxxiHBB", netlink.AF_BRIDGE, 7, netlink.NUD_PERMANENT, flags, 0)
+    body += netlink.attr(2, netlink.mac_bytes("02:00:00:00:00:02")) + netlink.attr(9, netlink.u32(3))
     assert as_neighbour(netlink.read_neighbour(body), LINK) is None
+
+
+def test_an_fdb_entry_of_another_table_is_no_entry() -> None:
+    found = netlink.NeighbourInfo(netlink.AF_BRIDGE, 7, "192.0.2.2", "02:00:00:00:00:02", True, False)
+    assert as_neighbour(found, LINK) is None
 
 
 def test_an_ipv4_route_through_an_ipv6_gateway_has_a_gateway() -> None:

@@ -101,6 +101,9 @@ HARMLESS = {
     "in our own subnet": route("10.244.1.7/32", "cni0"),
     "the subnet of a lease, by another backend": route("10.244.2.0/24", "eth0", "192.0.2.2"),
     "an earlier start's": route("10.244.9.0/24", "flannel.1", "10.244.9.0"),
+    "a direct route by an earlier external interface": route(
+        "10.244.9.0/24", "eth1", "198.51.100.9", protocol=241
+    ),
     "a subnet that host-gw left behind": route("10.244.9.0/24", "eth0", "192.0.2.9"),
     "the pods' bridge with an earlier lease": route("10.244.9.0/24", "cni0", protocol=2),
     "a blackhole": route("10.244.0.0/16", kind=6),

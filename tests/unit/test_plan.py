@@ -7,7 +7,19 @@ import errno
 import pytest
 from hypothesis import given
 
-from cni.net.entries import Address, Entry, FdbEntry, Key, Link, Neighbour, Route, Vxlan, state
+from cni.net.entries import (
+    BLACKHOLE_METRIC,
+    Address,
+    Blackhole,
+    Entry,
+    FdbEntry,
+    Key,
+    Link,
+    Neighbour,
+    Route,
+    Vxlan,
+    state,
+)
 from cni.net.fake import FakeKernel
 from cni.net.plan import Operation, Scope, plan
 from tests.unit.states import kernel_states
@@ -89,8 +101,9 @@ def test_what_vanishes_with_a_rebuilt_link_is_not_dropped_one_by_one() -> None:
         DEVICE._replace(mtu=1400),
         DEVICE._replace(mac="02:00:00:00:00:09"),
         DEVICE._replace(up=False),
+        DEVICE._replace(tx_checksum=True),
     ],
-    ids=["mtu", "mac", "down"],
+    ids=["mtu", "mac", "down", "offload"],
 )
 def test_what_a_link_can_change_is_changed_in_place(changed: Link) -> None:
     assert plan(state(NODE), state([changed, *NODE[1:]])) == [Operation("put", DEVICE)]
@@ -105,6 +118,49 @@ def test_a_moved_peer_is_reachable_at_one_place_at_any_moment() -> None:
         places = [e for e in kernel.entries.values() if isinstance(e, FdbEntry)]
         assert places == [moved]
     assert kernel.entries == desired
+
+
+def test_a_moved_peer_is_one_operation() -> None:
+    moved = FdbEntry("flannel.1", MAC, "192.0.2.99")
+    assert plan(state([*NODE[:-2], moved, NODE[-1]]), state(NODE)) == [Operation("put", moved)]
+
+
+@pytest.mark.parametrize(
+    ("mac", "apart"),
+    [(MAC, False), ("fe:ff:ff:ff:ff:ff", False), ("00:00:00:00:00:00", True), ("33:33:00:00:00:01", True)],
+)
+def test_only_a_mac_of_many_has_several_places(mac: str, apart: bool) -> None:
+    """What the kernel appends for the one it replaces for the other: tests/netns/test_vxlan_features.py."""
+    one, other = FdbEntry("flannel.1", mac, "192.0.2.2"), FdbEntry("flannel.1", mac, "192.0.2.3")
+    assert (one.key != other.key) is apart
+
+
+def test_a_peer_that_changes_its_way_is_never_without_a_route() -> None:
+    direct = Route("eth0", "10.244.2.0/24", "192.0.2.2", marked=True)
+    straight = state([*NODE[:2], direct])
+    assert plan(straight, state(NODE)) == [
+        Operation("put", direct),
+        Operation("drop", PEER[1]),
+        Operation("drop", PEER[0]),
+    ]
+    assert plan(state(NODE), straight) == [Operation("put", entry) for entry in PEER]
+
+
+def test_a_blackhole_is_no_rival_of_a_route() -> None:
+    hole, bridge = Blackhole("10.244.1.0/24"), Route("cni0", "10.244.1.0/24", "")
+    assert hole.metric == BLACKHOLE_METRIC
+    assert len({hole.key, bridge.key, bridge._replace(metric=hole.metric).key}) == 3
+    assert plan(state([*NODE, hole]), state(NODE)) == [Operation("put", hole)]
+    # It hangs on no link, so it outlives the device.
+    assert plan(state([REBUILT, hole]), state([*NODE, hole])) == [
+        Operation("drop", DEVICE),
+        Operation("put", REBUILT),
+    ]
+
+
+def test_a_blackhole_with_another_metric_gives_way() -> None:
+    ours, upstreams = Blackhole("10.244.1.0/24"), Blackhole("10.244.1.0/24", 0)
+    assert plan(state([ours]), state([upstreams])) == [Operation("put", ours), Operation("drop", upstreams)]
 
 
 # ---- the kernel in memory has the real one's manners; tests/netns/test_kernel.py asks the real one
@@ -130,3 +186,28 @@ def test_the_fake_shows_only_what_is_in_scope() -> None:
     kernel = FakeKernel(state([*NODE, REBUILT._replace(name="flannel.7")]))
     assert kernel.snapshot(Scope(("flannel.1",))) == state(NODE)
     assert kernel.snapshot(Scope(())) == {}
+
+
+def test_the_fake_knows_ours_on_other_links_by_their_mark() -> None:
+    marked = Route("eth0", "10.244.7.0/24", "192.0.2.7", marked=True)
+    foreign = Route("eth0", "10.244.8.0/24", "192.0.2.8")
+    outside = Route("eth0", "10.245.7.0/24", "192.0.2.7", marked=True)
+    kernel = FakeKernel(others=frozenset({"eth0"}))
+    assert kernel.apply([Operation("put", entry) for entry in (marked, foreign, outside)]) == []
+    assert kernel.snapshot(Scope((), ("10.244.0.0/16", "fd00::/48"))) == state([marked])
+    [refused] = kernel.apply([Operation("put", marked._replace(link="eth1"))])
+    assert refused.errno == errno.ENODEV
+
+
+def test_the_fake_shows_the_blackholes_that_it_is_asked_for() -> None:
+    ours, other = Blackhole("10.244.1.0/24"), Blackhole("10.244.1.0/25")
+    kernel = FakeKernel()
+    assert kernel.apply([Operation("put", entry) for entry in (ours, other)]) == []
+    assert kernel.snapshot(Scope((), ("10.244.0.0/16",))) == {}
+    assert kernel.snapshot(Scope((), blackholes=("10.244.1.0/24",))) == state([ours])
+
+
+def test_the_fake_tells_of_the_offload_if_asked() -> None:
+    kernel = FakeKernel(state([DEVICE._replace(tx_checksum=True)]))
+    assert kernel.snapshot(Scope(("flannel.1",))) == state([DEVICE])
+    assert kernel.snapshot(Scope(("flannel.1",), tx_checksum=False)) == kernel.entries

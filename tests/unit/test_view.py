@@ -10,7 +10,7 @@ import pytest
 import yaml
 from hypothesis import given
 
-from cni.net.entries import Entry, FdbEntry, Key, Link, Neighbour, Route, Vxlan, state
+from cni.net.entries import Blackhole, Entry, FdbEntry, Key, Link, Neighbour, Route, Vxlan, state
 from flanneld import view
 from flanneld.lease import Attributes, Lease
 from flanneld.table import table
@@ -43,6 +43,16 @@ def one(kind: str, wanted: list[Entry], actual: list[Entry]) -> view.Row:
         ),
         ("neighbours", NEIGHBOUR, {"address": "10.244.2.0", "mac": MAC, "link": "flannel.1"}),
         ("fdb", FDB, {"mac": MAC, "publicIP": "192.0.2.2", "link": "flannel.1"}),
+        (
+            "routes",
+            Route("eth0", "10.244.2.0/24", "192.0.2.2", marked=True),
+            {"subnet": "10.244.2.0/24", "via": "192.0.2.2", "link": "eth0", "onlink": False},
+        ),
+        (
+            "routes",
+            Blackhole("10.244.1.0/24", 1024),
+            {"subnet": "10.244.1.0/24", "type": "blackhole", "metric": 1024},
+        ),
     ],
 )
 def test_the_three_states_of_an_entry(kind: str, entry: Entry, fields: view.Row) -> None:
@@ -59,11 +69,23 @@ def test_an_entry_that_differs_is_shown_as_it_is_and_as_it_should_be() -> None:
     assert cells == ["10.244.2.0", OTHER, "flannel.1", f"differs (wanted mac={MAC})"]
 
 
-def test_an_fdb_entry_of_a_moved_peer_is_one_missing_and_one_unexpected() -> None:
-    rows = view.compare("fdb", state([FDB]), state([FDB._replace(dst="192.0.2.99")]))
-    assert [(row["publicIP"], row["state"]) for row in rows] == [
-        ("192.0.2.2", "missing"),
-        ("192.0.2.99", "unexpected"),
+def test_an_fdb_entry_of_a_moved_peer_differs() -> None:
+    row = one("fdb", [FDB], [FDB._replace(dst="192.0.2.99")])
+    assert (row["publicIP"], row["state"]) == ("192.0.2.99", "differs")
+    assert row["wanted"] == {"mac": MAC, "publicIP": "192.0.2.2", "link": "flannel.1"}
+
+
+def test_a_blackhole_beside_routes_has_its_own_column() -> None:
+    hole = Blackhole("10.244.1.0/24")
+    rows = view.compare("routes", state([ROUTE, hole]), state([ROUTE, hole]))
+    header, cells = view.cells("routes", rows)
+    assert header == ["SUBNET", "TYPE", "VIA", "LINK", "ONLINK", "STATE"]
+    assert cells == [
+        ["10.244.1.0/24", "blackhole", "", "", "", "ok"],
+        ["10.244.2.0/24", "", "10.244.2.0", "flannel.1", "yes", "ok"],
+    ]
+    assert view.cells("routes", view.compare("routes", state([ROUTE]), {}))[0] == [
+        *("SUBNET", "VIA", "LINK", "ONLINK", "STATE")
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
@@ -10,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cni.errors import ConfigError, InternalError
-from cni.net.entries import Address, Entry, FdbEntry, Link, Neighbour, Route, Vxlan, state
+from cni.net.entries import Address, Blackhole, Entry, FdbEntry, Link, Neighbour, Route, Vxlan, state
 from flanneld.backend import build
-from flanneld.backend.protocol import Backend, desired
+from flanneld.backend.protocol import Backend, Clash, blackholes, desired, merge
+from flanneld.backend.vxlan import breaks_checksums, never
 from flanneld.config import parse_netconf
 from flanneld.iface import ExternalInterface
 from flanneld.lease import Attributes, Lease
@@ -34,11 +36,18 @@ OWN_MAC, OWN_MAC6 = "02:00:00:00:00:01", "02:00:00:00:00:61"
 PEER_MAC, PEER_MAC6 = "02:00:00:00:00:02", "02:00:00:00:00:62"
 
 
-def backend(keys: str = "", network: str = V4, external: ExternalInterface = EXTERNAL) -> Backend:
+def backend(
+    keys: str = "",
+    network: str = V4,
+    external: ExternalInterface = EXTERNAL,
+    on_link: Callable[[IPv4Address | IPv6Address], bool] = never,
+    release: str = "",
+) -> Backend:
     """The backend of a net-conf.json whose Backend holds `keys`, as the daemon makes it."""
     comma = ", " if keys else ""
     text = f'{{{network}, "Backend": {{"Type": "vxlan"{comma}{keys}}}}}'
-    return build(parse_netconf(text, "net-conf.json"), external, "net-conf.json")
+    config = parse_netconf(text, "net-conf.json")
+    return build(config, external, "net-conf.json", on_link=on_link, release=release)
 
 
 def data(mac: str, vni: int = 1) -> str:
@@ -87,8 +96,15 @@ def device(found: Backend) -> Link:
         ('"Port": 0', "flannel.1", Vxlan(1, 8472, "192.0.2.1", "eth0"), 1450),
         ('"VNI": null, "Port": null', "flannel.1", Vxlan(1, 8472, "192.0.2.1", "eth0"), 1450),
         ('"vni": 5, "PORT": 99', "flannel.5", Vxlan(5, 99, "192.0.2.1", "eth0"), 1450),
-        ('"VNI": 16777215', "flannel.16777215", Vxlan(16777215, 8472, "192.0.2.1", "eth0"), 1450),
+        ('"VNI": 9999999', "flannel.9999999", Vxlan(9999999, 8472, "192.0.2.1", "eth0"), 1450),
         ('"DirectRouting": false', "flannel.1", Vxlan(1, 8472, "192.0.2.1", "eth0"), 1450),
+        (
+            '"MTU": 1400, "GBP": true, "DirectRouting": true',
+            "flannel.1",
+            Vxlan(1, 8472, "192.0.2.1", "eth0", gbp=True),
+            1350,
+        ),
+        ('"TxChecksumOffload": "auto"', "flannel.1", Vxlan(1, 8472, "192.0.2.1", "eth0"), 1450),
     ],
 )
 def test_configuration_makes_the_device(keys: str, name: str, vxlan: Vxlan, mtu: int) -> None:
@@ -114,7 +130,12 @@ def test_configuration_makes_the_device(keys: str, name: str, vxlan: Vxlan, mtu:
         ('"GBP": 1', ("GBP", "true or false")),
         ('"Learning": "yes"', ("Learning", "true or false")),
         ('"DirectRouting": "yes"', ("DirectRouting", "true or false")),
-        ('"DirectRouting": true', ("DirectRouting", "not available")),
+        ('"DirectRouting": 1', ("DirectRouting", "true or false")),
+        ('"TxChecksumOffload": false', ("TxChecksumOffload", "a string", "bool")),
+        ('"TxChecksumOffload": "Off"', ("TxChecksumOffload", '"Off"', '"auto"', '"on"', '"off"')),
+        ('"TxChecksumOffload": ""', ("TxChecksumOffload", '""', '"auto"', '"on"', '"off"')),
+        # The kernel's names of devices end at 15 letters.
+        ('"VNI": 10000000', ("VNI", "flannel.10000000", "9999999")),
     ],
 )
 def test_a_wrong_key_is_refused_with_its_name_and_value(keys: str, words: tuple[str, ...]) -> None:
@@ -123,6 +144,12 @@ def test_a_wrong_key_is_refused_with_its_name_and_value(keys: str, words: tuple[
     for word in ("net-conf.json", *words):
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_vni_too_long_for_the_name_of_the_ipv6_device_is_refused() -> None:
+    assert backend('"VNI": 9999', DUAL).devices == ("flannel.9999", "flannel-v6.9999")
+    with pytest.raises(ConfigError, match=r"VNI.*flannel-v6\.10000 .*9999"):
+        backend('"VNI": 10000', DUAL)
 
 
 def test_an_mtu_too_small_for_ipv6_is_refused() -> None:
@@ -202,7 +229,7 @@ def test_the_scope_is_the_devices_and_the_networks() -> None:
     scope = build(config, EXTERNAL, "net-conf.json").scope(config)
     assert scope.links == ("flannel.1", "flannel-v6.1")
     assert scope.networks == ("10.244.0.0/16", "fd00:10:244::/48")
-    assert scope.direct_link == ""
+    assert (scope.blackholes, scope.tx_checksum) == ((), None)
 
 
 # ---- what is published
@@ -366,3 +393,175 @@ def test_no_text_of_a_peer_hurts_others(text: str) -> None:
     wanted = desired(backend(), OWN, iter([bad, PEER]))
     for entry in backend().peer(PEER):
         assert wanted[entry.key] == entry
+
+
+# ---- direct routing
+
+
+def test_a_peer_on_the_link_is_a_route_to_its_public_ip_and_nothing_else() -> None:
+    found = backend('"DirectRouting": true', on_link=lambda address: address == PEER.attrs.public_ip)
+    assert list(found.peer(PEER)) == [Route("eth0", "10.244.2.0/24", "192.0.2.2", marked=True)]
+    elsewhere = lease(3, PEER_MAC)
+    assert list(found.peer(elsewhere)) == list(backend().peer(elsewhere))
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_each_family_goes_its_own_way(version: int) -> None:
+    found = backend('"DirectRouting": true', DUAL, on_link=lambda address: address.version == version)
+    tunnelled = list(backend(network=DUAL).peer(PEER_DUAL))
+    direct: dict[int, Entry] = {
+        4: Route("eth0", "10.244.2.0/24", "192.0.2.2", marked=True),
+        6: Route("eth0", "fd00:10:244:2::/64", "2001:db8::2", metric=1024, marked=True),
+    }
+    expected = [direct[4], *tunnelled[3:]] if version == 4 else [*tunnelled[:3], direct[6]]
+    assert list(found.peer(PEER_DUAL)) == expected
+
+
+def test_the_way_is_asked_for_at_each_pass() -> None:
+    reached = {IPv4Address("192.0.2.2")}
+    found = backend('"DirectRouting": true', on_link=lambda address: address in reached)
+    assert len(list(found.peer(PEER))) == 1
+    reached.clear()
+    assert list(found.peer(PEER)) == list(backend().peer(PEER))
+
+
+def test_without_direct_routing_nobody_asks() -> None:
+    def asked(address: IPv4Address | IPv6Address) -> bool:
+        raise AssertionError(address)
+
+    assert list(backend(on_link=asked).peer(PEER)) == list(backend().peer(PEER))
+
+
+def test_a_direct_peer_still_needs_a_vtep() -> None:
+    """As upstream: one that announces no usable MAC has not come up."""
+    bad = replace(PEER, attrs=replace(PEER.attrs, backend_data=""))
+    assert list(backend('"DirectRouting": true', on_link=lambda _: True).peer(bad)) == []
+
+
+# ---- checksum offload
+
+
+@pytest.mark.parametrize(
+    ("keys", "release", "wanted"),
+    [
+        ("", "6.1.0-18-amd64", None),
+        ("", "5.4.0", False),
+        ("", "", None),
+        ('"TxChecksumOffload": "auto"', "5.4.0", False),
+        ('"TxChecksumOffload": "on"', "5.4.0", True),
+        ('"TxChecksumOffload": "off"', "6.1.0-18-amd64", False),
+    ],
+)
+def test_the_offload_is_off_where_it_must_be_and_else_left_alone(
+    keys: str, release: str, wanted: bool | None
+) -> None:
+    config = parse_netconf(f'{{{DUAL}, "Backend": {{"Type": "vxlan"}}}}', "net-conf.json")
+    found = backend(keys, DUAL, release=release)
+    links = [entry for entry in found.base(OWN_DUAL) if isinstance(entry, Link)]
+    assert [link.tx_checksum for link in links] == [wanted] * 2
+    assert found.scope(config).tx_checksum is wanted
+
+
+BROKEN = [
+    *("3.10.0-1160.el7.x86_64", "4.4.0-210-generic", "4.9.337", "4.14.180", "4.18.0-553.el8_10.x86_64"),
+    *("4.19.122", "4.19.0-26-amd64", "4.20.17", "5.0.21", "5.3.18-150300.59.43-default", "5.4.40"),
+    # Fixed by the distribution, which does not show: the slower side is the safe one.
+    *("4.15.0-213-generic", "5.4.0-42-generic", "5.4.0-1009-aws", "5.5.19", "5.6.12", "5.6.0-rc7", "5.4"),
+]
+FIXED = [
+    *(
+        "4.14.181",
+        "4.14.336-257.562.amzn2.x86_64",
+        "4.19.123",
+        "4.19.123-coreos",
+        "5.4.41",
+        "5.4.219-126.411",
+    ),
+    *(
+        "5.6.13-300.fc32.x86_64",
+        "5.7.0",
+        "5.7",
+        "5.10.0-28-amd64",
+        "5.14.0-427.el9.x86_64",
+        "5.15.167.4-microsoft",
+    ),
+    *("6.1.0-18-amd64", "6.18.44-fc-v669", "7.0.0", "10.2"),
+]
+
+
+@pytest.mark.parametrize("release", BROKEN)
+def test_kernels_that_may_have_the_fault(release: str) -> None:
+    assert breaks_checksums(release)
+
+
+@pytest.mark.parametrize("release", FIXED)
+def test_kernels_that_have_the_fix(release: str) -> None:
+    assert not breaks_checksums(release)
+
+
+@given(st.text(max_size=30))
+def test_any_release_is_read(release: str) -> None:
+    assert breaks_checksums(release) in (True, False)
+
+
+@pytest.mark.parametrize("release", ["", "unknown", "v5.4", "five"])
+def test_a_release_that_says_nothing_changes_nothing(release: str) -> None:
+    assert not breaks_checksums(release)
+
+
+# ---- all peers together
+
+
+def test_of_two_nodes_with_one_mac_the_lower_lease_has_it_in_any_order() -> None:
+    twin = lease(3, PEER_MAC)
+    found = backend()
+    asked = {peer.key: tuple(found.peer(peer)) for peer in (PEER, twin)}
+    for order in (asked, dict(reversed(asked.items()))):
+        wanted, clashes = merge(list(found.base(OWN)), order)
+        loser = FdbEntry("flannel.1", PEER_MAC, "192.0.2.3")
+        assert clashes == [Clash(loser, "10.244.3.0-24", "10.244.2.0-24")]
+        assert [e for e in wanted.values() if isinstance(e, FdbEntry)] == [asked[PEER.key][1]]
+        # Its subnet and its VTEP are still its own.
+        assert {asked[twin.key][0], asked[twin.key][2]} <= set(wanted.values())
+
+
+def test_two_leases_of_one_node_are_no_clash() -> None:
+    """It took another subnet and kept its VTEP, and the old lease has not ended."""
+    moved = replace(PEER, subnet=IPv4Network("10.244.9.0/24"))
+    wanted, clashes = merge([], {peer.key: tuple(backend().peer(peer)) for peer in (PEER, moved)})
+    assert (len(wanted), clashes) == (5, [])
+
+
+def test_what_the_node_itself_needs_is_nobodys_to_take() -> None:
+    base = list(backend().base(OWN))
+    thief = device(backend())._replace(mtu=68)
+    wanted, clashes = merge(base, {"0": (thief, *base[1:])})
+    assert wanted == state(base)
+    assert clashes == [Clash(thief, "0", "")]
+
+
+@given(st.lists(st.integers(2, 9), unique=True), st.lists(st.integers(2, 4), min_size=8, max_size=8))
+def test_merged_without_a_clash_it_is_the_state_of_all_entries(numbers: list[int], macs: list[int]) -> None:
+    found = backend()
+    peers = [lease(n, f"02:00:00:00:00:{mac:02x}") for n, mac in zip(numbers, macs, strict=False)]
+    asked = {peer.key: tuple(found.peer(peer)) for peer in peers}
+    wanted, clashes = merge(list(found.base(OWN)), asked)
+    everything = [*found.base(OWN), *(entry for entries in asked.values() for entry in entries)]
+    assert wanted.keys() == state(everything).keys()
+    assert set(wanted.values()) | {clash.entry for clash in clashes} == set(everything)
+    assert not {clash.entry for clash in clashes} & set(wanted.values())
+
+
+@pytest.mark.parametrize(
+    ("network", "expected"),
+    [
+        (V4, (Blackhole("10.244.1.0/24"),)),
+        (DUAL, (Blackhole("10.244.1.0/24"), Blackhole("fd00:10:244:1::/64"))),
+        (ONLY_V6, (Blackhole("fd00:10:244:1::/64"),)),
+    ],
+)
+def test_blackholes_are_our_own_subnets_of_the_enabled_families(
+    network: str, expected: tuple[Blackhole, ...]
+) -> None:
+    config = parse_netconf(f'{{{network}, "Backend": {{"Type": "vxlan"}}}}', "net-conf.json")
+    assert blackholes(config, OWN_DUAL) == expected
