@@ -70,11 +70,12 @@ class Lease:
     attrs: Attributes
     expires_s: float = 0.0
     revision: int = 0
+    key: str = field(init=False, compare=False, repr=False)
+    """The lease's name in every store: `10.5.34.0-24`, or `10.5.34.0-24&fd00:5:34::-64`."""
 
-    @property
-    def key(self) -> str:
-        """The lease's name in every store: `10.5.34.0-24`, or `10.5.34.0-24&fd00:5:34::-64`."""
-        return subnet_key(self.subnet, self.subnet6)
+    def __post_init__(self) -> None:
+        # Asked for many times in each pass over all leases, so it is made once.
+        object.__setattr__(self, "key", subnet_key(self.subnet, self.subnet6))
 
 
 _KEY = re.compile(r"(\d+\.\d+\.\d+\.\d+)-(\d+)(?:&([a-f0-9:]+)-(\d+))?\Z")

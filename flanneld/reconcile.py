@@ -81,6 +81,8 @@ class Reconciler:
         self._own = own
         self._chores = chores
         self._programmed: dict[str, tuple[Entry, ...]] = {}
+        # What each lease came to; most are the same at the next pass.
+        self._made: dict[str, tuple[Lease, tuple[Entry, ...]]] = {}
         self._shared = False
         self._peers_known = False
         self._config = config
@@ -202,6 +204,8 @@ class Reconciler:
             return
         self.queue.add_after(NETWORK, RESYNC_S)
         peers = {lease.key: self._entries(lease) for lease in self.leases.peers(self._own)}
+        self._made = {key: made for key, made in self._made.items() if key in peers}
+        self._passed_over &= peers.keys()
         base = self._base()
         before = self.wanted
         self.wanted, clashes = merge(base, peers)
@@ -239,6 +243,14 @@ class Reconciler:
 
     def _entries(self, lease: Lease) -> tuple[Entry, ...]:
         """What reaches a peer, less a family whose subnet would take our own routes away (said once)."""
+        made = self._made.get(lease.key)
+        if made is not None and made[0] == lease and not self._backend.follows_routes:
+            return made[1]
+        entries = self._make(lease)
+        self._made[lease.key] = lease, entries
+        return entries
+
+    def _make(self, lease: Lease) -> tuple[Entry, ...]:
         faults = misplaced(lease, self._own, self._config)
         if not faults:
             self._passed_over.discard(lease.key)

@@ -71,6 +71,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import grpc
+import grpc._common
 from etcd3.etcdrpc import kv_pb2, rpc_pb2, rpc_pb2_grpc
 
 from cni.errors import ConfigError, LeaseLost, StoreUnavailable
@@ -79,6 +80,9 @@ from flanneld.lease import Attributes, Change, Lease, Snapshot, Update, parse_su
 from flanneld.log import V2, logger
 from flanneld.subnet import allocate
 from flanneld.subnet.manager import LEASE_TTL_S
+
+# gRPC's waits look up ten times a second, for signals that only the main thread gets; ours wait in others.
+grpc._common.MAXIMUM_WAIT_TIMEOUT = 10.0
 
 CALL_DEADLINE_S = 5.0
 POLL_S = 0.3  # how soon a blocked call or watch notices `stop`
