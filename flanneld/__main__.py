@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -19,6 +20,10 @@ from flanneld.flags import Options
 from flanneld.health import HealthServer, Readiness
 from flanneld.locks import lock_devices, lock_subnet_file
 from flanneld.log import logger
+from flanneld.snapshot import NodeState
+
+# A start that follows another so soon has to wait, each time longer.
+_START_LIVED_S, _START_PAUSE_FIRST_S, _START_PAUSE_LAST_S = 60.0, 1.0, 60.0
 
 
 class Termination:
@@ -41,36 +46,69 @@ class Termination:
         return self.stop
 
 
-def serve_once(options: Options, environ: Mapping[str, str], stop: Event, readiness: Readiness) -> Outcome:
-    """One daemon from start to end; raises NetworkError when it cannot start."""
-    saved = snapshot.last_known(Path(options.state_dir))
-    previous = startup.previous_lease(Path(options.subnet_file), saved)
-    manager = startup.subnet_manager(options, previous, environ)
+def serve_once(
+    options: Options,
+    environ: Mapping[str, str],
+    stop: Event,
+    readiness: Readiness,
+    before: NodeState | None,
+) -> tuple[Outcome, NodeState]:
+    """One daemon from start to end, and what it knew then; raises NetworkError when it cannot start.
+
+    `before` is what the one before it knew, None for the first of this process.
+    """
     with ExitStack() as held:
         kernel = held.enter_context(closing(NetlinkKernel()))
+
+        def origin(interface: str) -> str:
+            return startup.origin(options, kernel, interface)
 
         def claim(devices: Sequence[str]) -> None:
             for lock in lock_devices(devices):
                 held.enter_context(closing(lock))
 
+        saved = before or snapshot.last_known(Path(options.state_dir), origin)
+        previous = startup.previous_lease(Path(options.subnet_file), saved)
+        manager = startup.subnet_manager(options, previous, environ)
         source = startup.Source(manager, saved, stop, readiness)
-        start = startup.decide(options, kernel, source, previous, saved, claim)
+        try:
+            start = startup.decide(options, kernel, source, previous, saved, claim)
+        except BaseException:
+            manager.close()
+            raise
         daemon = Daemon(options, manager, kernel, start, stop, readiness)
         daemon.prepare()
-        return daemon.run()
+        return daemon.run(), daemon.state()
 
 
 def serve(
     options: Options, environ: Mapping[str, str], termination: Termination, readiness: Readiness
 ) -> int:
-    """Daemons, one after the other, until one ends for good; returns the exit code."""
+    """Daemons, one after the other, until one ends for good; returns the exit code.
+
+    Once one has run, a start that fails is no reason to end: the network is there, and the reason may pass.
+    """
     lock = lock_subnet_file(Path(options.subnet_file))
+    known: NodeState | None = None
+    pause_s = 0.0
     try:
         while True:
-            outcome = serve_once(options, environ, termination.fresh(), readiness)
-            if outcome is not Outcome.START_OVER or termination.asked:
-                logger.info("Exiting cleanly...")
-                return max(0, outcome.value)
+            began, stop = time.monotonic(), termination.fresh()
+            try:
+                outcome, known = serve_once(options, environ, stop, readiness, known)
+                if outcome is not Outcome.START_OVER or termination.asked:
+                    logger.info("Exiting cleanly...")
+                    return max(0, outcome.value)
+            except NetworkError as exc:
+                if known is None:
+                    raise
+                logger.error("The node cannot be set up anew, and is tried again: %s", exc)
+                readiness.waiting(str(exc))
+            if time.monotonic() - began > _START_LIVED_S:
+                pause_s = 0.0
+            stop_pause = termination.fresh()
+            stop_pause.wait(startup.spread(pause_s))
+            pause_s = min(max(_START_PAUSE_FIRST_S, pause_s * 2), _START_PAUSE_LAST_S)
     finally:
         os.close(lock)
 

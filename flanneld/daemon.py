@@ -6,11 +6,12 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from threading import Event, Thread
 
-from cni.errors import ConfigError, KernelError, LeaseLost, NetworkError, StoreUnavailable
+from cni.errors import ConfigError, KernelError, LeaseLost, NetworkError, StoreError
 from cni.net.entries import Link, Route
 from cni.net.firewall import Iptables, Nftables
 from cni.net.kernel import Change, Monitor, NetlinkKernel
@@ -21,7 +22,8 @@ from flanneld.backend.protocol import blackholes
 from flanneld.config import NetConf
 from flanneld.flags import Options
 from flanneld.health import Readiness
-from flanneld.lease import Lease, Snapshot
+from flanneld.iface import ExternalInterface
+from flanneld.lease import Lease, Snapshot, Update
 from flanneld.log import OncePerChange, logger
 from flanneld.masquerade import IPTABLES_CHAINS, NFT_TABLES, FamilyRanges, FirewallSpec, render
 from flanneld.reconcile import NETWORK, Reconciler, WorkKey, explain
@@ -35,13 +37,16 @@ FILES: WorkKey = ("files",)
 EXTERNAL: WorkKey = ("external interface",)
 
 # A burst of lease changes writes the state file once.
-_FILES_DELAY_S = 0.5
+_FILES_DELAY_S, _FILES_AGAIN_S = 0.5, 3600.0
 # A DHCP client that renews takes the address away and gives it back.
-_EXTERNAL_SETTLE_S = 1.0
-_WATCH_RETRY_FIRST_S, _WATCH_RETRY_LAST_S = 0.1, 5.0
+_EXTERNAL_SETTLE_S, _ADDRESS_GONE_S = 1.0, 4.0
+_WATCH_RETRY_FIRST_S, _WATCH_RETRY_LAST_S = 0.1, 15.0
+# A watch that ends sooner was no success: the next one waits longer.
+_WATCH_LIVED_S = 60.0
 _LEASE_RETRY_FIRST_S, _LEASE_RETRY_LAST_S = 1.0, 60.0
-# Two nodes that each take the lease for theirs must not write it in turns as fast as they can.
-_REWRITE_GAP_S = 10.0
+# Two nodes that each take the lease for theirs must not write it in turns as fast as they can: each time
+# that somebody else has changed it we wait twice as long, until that has not happened for an hour.
+_REWRITE_FIRST_S, _REWRITE_LAST_S, _REWRITE_FORGET_S = 5.0, 900.0, 3600.0
 # A machine that slept does not count the sleep as waiting: look at the clock now and then.
 _LEASE_LOOK_S = 600.0
 _JOIN_S = 5.0
@@ -81,9 +86,10 @@ class Daemon:
         self._updates = start.updates
         self._lease_work = Event()
         self._renew_asked = False
-        self._rewrite_from_s = 0.0
+        self._rewrite_from_s, self._rewrite_gap_s = 0.0, 0.0
         self._take(start.own)
         self._complete_due = True
+        self._candidate: ExternalInterface | None = None
         self._firewall, self._other_firewall = _firewalls(start.config)
         self._rules = render(_firewall_spec(options, start.config, start.own, self._firewall))
         self._envfile = envfile.render(start.config, start.own, start.backend.mtu, options.ip_masq)
@@ -102,6 +108,7 @@ class Daemon:
             blackholes(start.config, start.own) if options.ip_blackhole_route else (),
         )
         self.reconciler.on_peers_programmed = self._peers_programmed
+        self.reconciler.on_network_refused = self._network_refused
 
     # ---- start
 
@@ -190,26 +197,33 @@ class Daemon:
     def _watch_kernel(self, monitor: Monitor) -> None:
         # What changed before the monitor listened is found by the first pass.
         while (changes := monitor.read()) is not None:
-            ours = [change for change in changes if not self._is_underlay(change)]
-            if len(ours) < len(changes) or not changes:
+            ours = [change for change in changes if self._is_ours(change)]
+            if not changes or any(self._moves_us(change) for change in changes):
                 self.reconciler.queue.add_after(EXTERNAL, _EXTERNAL_SETTLE_S)
             if ours or not changes:
                 self.reconciler.kernel_changes(ours)
         monitor.close()
 
-    def _is_underlay(self, change: Change) -> bool:
-        """Whether a change is one of the interface below the overlay, and of interest."""
+    def _is_ours(self, change: Change) -> bool:
+        """Whether a change may be one of an entry that we want or wrote."""
+        if change.link != self.external.name:
+            return True
+        entry = change.entry
+        return isinstance(entry, Route) and (entry.marked or entry.key in self.reconciler.wanted)
+
+    def _moves_us(self, change: Change) -> bool:
+        """Whether a change is one of the interface below the overlay that we may have to follow."""
         if change.link != self.external.name:
             return False
-        if not isinstance(change.entry, Route):
-            return True
         # Routes of a busy router come and go by the thousand, and mean something to direct routing alone.
-        ours = change.entry.marked or change.entry.key in self.reconciler.wanted
-        return not ours and self.backend.follows_routes
+        return not isinstance(change.entry, Route) or (
+            self.backend.follows_routes and not self._is_ours(change)
+        )
 
     def _watch_leases(self) -> None:
         trouble, delay_s = OncePerChange(), _WATCH_RETRY_FIRST_S
         while not self.stop.is_set():
+            began = time.monotonic()
             try:
                 if self._restored and not self._confirm():
                     return
@@ -217,16 +231,22 @@ class Daemon:
                 for update in updates:
                     metrics.STORE_UP.set(1)
                     trouble.over("The store answers again; leases are watched")
-                    delay_s = _WATCH_RETRY_FIRST_S
                     self.reconciler.lease_update(update)
                     self.reconciler.queue.add_after(FILES, _FILES_DELAY_S)
-                    self._check_own_lease()
-            except (StoreUnavailable, ConfigError) as exc:
+                    if self._is_told_of(update):
+                        self._check_own_lease()
+            except (StoreError, ConfigError) as exc:
                 metrics.STORE_UP.set(0)
                 metrics.STORE_FAILURES.inc()
                 trouble.trouble(f"The store is away, the last known leases stay in force: {exc}")
-                self.stop.wait(delay_s)
+                if time.monotonic() - began > _WATCH_LIVED_S:
+                    delay_s = _WATCH_RETRY_FIRST_S
+                self.stop.wait(startup.spread(delay_s))
                 delay_s = min(delay_s * 2, _WATCH_RETRY_LAST_S)
+
+    def _is_told_of(self, update: Update) -> bool:
+        """Whether an update says something about our own lease."""
+        return isinstance(update, Snapshot) or any(change.key == self.own.key for change in update)
 
     def _confirm(self) -> bool:
         """Hold what was restored against the store; False if the node must start over."""
@@ -251,23 +271,36 @@ class Daemon:
         return True
 
     def _check_own_lease(self) -> None:
+        """Have our lease written again if the store does not say of us what we said."""
         held = self.reconciler.leases.by_key.get(self.own.key)
         if held is not None and held.attrs == self.own.attrs:
             return
         if held is None:
-            logger.warning("Our lease %s is gone from the store; writing it again", self.own.key)
             # A node that was deleted and made again also lost what `complete` had told.
             self._complete_due = True
-        else:
-            logger.warning(
-                "Our lease %s was changed to %s by somebody else, perhaps another node with our public IP; "
-                "writing it again as %s",
-                self.own.key,
-                held.attrs.encode(),
-                self.own.attrs.encode(),
-            )
-        self._renew_asked = True
+        if not self._renew_asked:
+            self._renew_asked = True
+            if held is None:
+                logger.warning("Our lease %s is gone from the store; writing it again", self.own.key)
+            else:
+                self._give_way(held)
         self._lease_work.set()
+
+    def _give_way(self, held: Lease) -> None:
+        """Let longer and longer pass before we write over what somebody else wrote."""
+        now = time.monotonic()
+        if now > self._rewrite_from_s + _REWRITE_FORGET_S:
+            self._rewrite_gap_s = 0.0
+        self._rewrite_from_s = now + self._rewrite_gap_s
+        logger.warning(
+            "Our lease %s was changed to %s by somebody else, maybe another node with our public IP or name; "
+            "writing it again as %s in %d s",
+            self.own.key,
+            held.attrs.encode(),
+            self.own.attrs.encode(),
+            self._rewrite_gap_s,
+        )
+        self._rewrite_gap_s = min(max(_REWRITE_FIRST_S, self._rewrite_gap_s * 2), _REWRITE_LAST_S)
 
     def _keep_own_lease(self) -> None:
         """Renew our lease in time or when it was seen to be gone or changed, and announce that we are up."""
@@ -277,9 +310,10 @@ class Daemon:
                 self._do_lease_work()
             except LeaseLost as exc:
                 self._start_over(str(exc))
-            except (StoreUnavailable, ConfigError) as exc:
+            except (StoreError, ConfigError) as exc:
                 trouble.trouble(f"Lease {self.own.key} could not be written, trying again: {exc}")
-                self.stop.wait(pause_s)
+                # News of our own lease end the pause.
+                self._lease_work.wait(startup.spread(pause_s))
                 pause_s = min(pause_s * 2, _LEASE_RETRY_LAST_S)
                 self._lease_work.set()
             else:
@@ -297,10 +331,10 @@ class Daemon:
         if self._restored:
             return
         if self._renew_asked or self._until_renewal() == 0.0:
-            self.stop.wait(max(0.0, self._rewrite_from_s - time.monotonic()))
+            if self.stop.wait(max(0.0, self._rewrite_from_s - time.monotonic())):
+                return
             self._take(self.manager.renew(self.own))
             self._renew_asked = False
-            self._rewrite_from_s = time.monotonic() + _REWRITE_GAP_S
         if self._complete_due and self.readiness.is_ready:
             self.manager.complete(self.own)
             self._complete_due = False
@@ -310,7 +344,8 @@ class Daemon:
         self.own = lease
         left_s = lease.expires_s - time.time() if lease.expires_s else math.inf
         self._renew_at_s = _uptime_s() + left_s - self.options.subnet_lease_renew_margin * 60.0
-        metrics.LEASE_WRITTEN.set_to_current_time()
+        if not self._restored:
+            metrics.LEASE_WRITTEN.set_to_current_time()
         metrics.LEASE_EXPIRES.set(lease.expires_s)
 
     def _until_renewal(self) -> float:
@@ -334,35 +369,55 @@ class Daemon:
         Runs on the worker's thread, which owns the kernel's socket. A choice that cannot be made now
         (the interface is away, has no address yet) is made again later; until then all stays as it is.
         """
-        # A device whose underlay came back is made again at once, not when the back-off has passed.
-        self.reconciler.queue.forget(NETWORK)
-        self.reconciler.queue.add(NETWORK)
+        if self.reconciler.queue.num_requeues(NETWORK) or self.backend.follows_routes:
+            # A device whose underlay came back is made again at once, not when the back-off has passed.
+            self.reconciler.queue.forget(NETWORK)
+            self.reconciler.queue.add(NETWORK)
         wanted = startup.wanted_interface(self.options, self.config, self.start.public_ips)
         found = iface.refresh(startup.look_at_host(self._kernel), wanted, self.external)
         if found == self.external:
+            self._candidate = None
             return
         startup.build_backend(self._kernel, self.config, found)
         startup.check_underlay(self._kernel, self.config, found)
+        moved = replace(found, mtu=self.external.mtu) != self.external
+        if moved and self._candidate != found:
+            # An address that is away for a moment is not given up for another one.
+            self._candidate = found
+            self.reconciler.queue.add_after(EXTERNAL, _ADDRESS_GONE_S)
+            return
         self._start_over(f"The external interface changed from {self.external} to {found}")
 
-    def _write_files(self) -> None:
-        node = snapshot.NodeState(
+    def state(self) -> snapshot.NodeState:
+        """What this node knows now."""
+        return snapshot.NodeState(
             pid=os.getpid(),
             written_s=self._restored or time.time(),
+            origin=self.start.origin,
+            public_ips=self.start.public_ips,
             config=self.config,
             external=self.external,
             own=self.own,
             peers=tuple(self.reconciler.leases.peers(self.own)),
+            doubtful=self.reconciler.suspects,
         )
+
+    def _write_files(self) -> None:
+        self.reconciler.queue.add_after(FILES, _FILES_AGAIN_S)
         try:
-            snapshot.write(Path(self.options.state_dir), node)
+            snapshot.write(Path(self.options.state_dir), self.state())
         except OSError as exc:
             raise ConfigError(
                 f"cannot write the node's state to {exc.filename or self.options.state_dir}: {exc.strerror}"
             ) from exc
 
+    def _network_refused(self, why: str) -> None:
+        """Our own device cannot be had: the node serves nobody."""
+        if not self.stop.is_set():
+            self.readiness.waiting(why)
+
     def _peers_programmed(self) -> None:
-        if not self.readiness.is_ready:
+        if not self.readiness.is_ready and not self.stop.is_set():
             self._say_ready()
             count = sum(1 for _ in self.reconciler.leases.peers(self.own))
             logger.info("flannel is ready: subnet %s, %d peers programmed", self.own.key, count)

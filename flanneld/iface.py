@@ -89,10 +89,16 @@ def refresh(host: Host, wanted: Wanted, current: ExternalInterface) -> ExternalI
     """
     link = next((link for link in host.links if link.name == current.name), None)
     if link is not None and link.mtu:
-        usable = _usable(host, link)
-        if all(address is None or address in usable for address in (current.address, current.address6)):
+        # One that is deprecated meanwhile still serves.
+        there = {a.address for a in host.addresses if a.ifindex == link.ifindex}
+        if all(a is None or str(a) in there for a in (current.address, current.address6)):
             return replace(current, mtu=link.mtu)
     found = select(host, wanted)
+    for have, new in ((current.address, found.address), (current.address6, found.address6)):
+        if have and new and new.is_link_local and not have.is_link_local:
+            raise ConfigError(
+                f"{found.name} has lost {have} and has only {new}, which means nothing to other nodes"
+            )
     return current if replace(found, reason=current.reason) == current else found
 
 

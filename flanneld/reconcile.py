@@ -94,6 +94,7 @@ class Reconciler:
         self._clashes: set[Clash] = set()
         self._trouble: dict[WorkKey, OncePerChange] = {}
         self.on_peers_programmed: Callable[[], None] = lambda: None
+        self.on_network_refused: Callable[[str], None] = lambda why: None
 
     # ---- called by the watching threads
 
@@ -126,15 +127,22 @@ class Reconciler:
         """
         found = {lease.key for lease in snapshot.leases}
         lost = self._peers_known and self._own.key not in found
-        before = {**self._doubtful, **(self.leases.by_key if lost else {})}
+        waiting = {key: lease for key, lease in self.leases.by_key.items() if key in self._suspects}
+        before = {**self._doubtful, **waiting, **(self.leases.by_key if lost else {})}
         self._doubtful = {}
         kept = {key: lease for key, lease in before.items() if key not in found and key != self._own.key}
-        if kept:
+        if kept.keys() - self._suspects.keys():
             logger.warning("The store lost our lease; %d peers it lost are kept for %d s", len(kept), GRACE_S)
         for key, lease in kept.items():
+            if key not in self._suspects:
+                self.queue.add_after(("suspect", key), GRACE_S)
             self._suspects[key] = lease
-            self.queue.add_after(("suspect", key), GRACE_S)
         return Snapshot((*snapshot.leases, *kept.values())) if kept else snapshot
+
+    @property
+    def suspects(self) -> frozenset[str]:
+        """Keys of the peers that the store has lost and that are kept for a while."""
+        return frozenset(self._suspects)
 
     def _drop_suspect(self, key: str) -> None:
         lease = self._suspects.pop(key, None)
@@ -222,6 +230,8 @@ class Reconciler:
         # One peer that the kernel does not take must not keep the node from serving all others.
         if all(r.operation.entry.rank > _ADDRESS_RANK for r in refused):
             self.on_peers_programmed()
+        else:
+            self.on_network_refused(explain(refused))
         self._raise(refused)
 
     def _base(self) -> list[Entry]:

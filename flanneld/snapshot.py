@@ -7,7 +7,7 @@ our lease and those of all peers. It is replaced as a whole, never changed in pl
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
@@ -25,14 +25,22 @@ NAME = "state.json"
 
 @dataclass(frozen=True, slots=True)
 class NodeState:
-    """One node's view: everything from which its kernel state follows."""
+    """One node's view: everything from which its kernel state follows.
+
+    `origin` names the machine and the store that it holds for: on another machine (a cloned disk), or
+    with another store, it is somebody else's. `public_ips` are the store's, see `SubnetManager`. `doubtful`
+    are the keys of peers that the store has lost, and that have some time to come back.
+    """
 
     pid: int
     written_s: float
+    origin: str
+    public_ips: tuple[str, str]
     config: NetConf
     external: ExternalInterface
     own: Lease
     peers: tuple[Lease, ...]
+    doubtful: frozenset[str] = frozenset()
 
 
 def render(state: NodeState) -> str:
@@ -43,6 +51,8 @@ def render(state: NodeState) -> str:
             "format": FORMAT,
             "pid": state.pid,
             "written": state.written_s,
+            "origin": state.origin,
+            "publicIPs": list(state.public_ips),
             "config": _config(state.config),
             "external": {
                 "name": external.name,
@@ -55,6 +65,7 @@ def render(state: NodeState) -> str:
             },
             "own": _lease(state.own),
             "peers": [_lease(peer) for peer in state.peers],
+            "doubtful": sorted(state.doubtful),
         },
         sort=False,
     )
@@ -70,10 +81,13 @@ def parse(text: str, source: str) -> NodeState:
         return NodeState(
             pid=gojson.integer(record, "pid", 0, 0, 1 << 31) or 0,
             written_s=float(str(gojson.member(record, "written") or 0)),
+            origin=gojson.typed(record, "origin", str, ""),
+            public_ips=_pair(gojson.typed(record, "publicIPs", list, ["", ""])),
             config=parse_netconf(gojson.dumps(gojson.typed(record, "config", dict, {}), sort=False), source),
             external=_read_external(external),
             own=_read_lease(gojson.typed(record, "own", dict, {})),
             peers=tuple(_read_lease(peer) for peer in gojson.typed(record, "peers", list, [])),
+            doubtful=frozenset(map(str, gojson.typed(record, "doubtful", list, []))),
         )
     except ValueError as exc:
         raise ConfigError(f"{source} was not written by this version of flanneld: {exc}") from None
@@ -89,6 +103,7 @@ def write(directory: Path, state: NodeState) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
     descriptor = os.open(temporary, flags, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        os.fchmod(file.fileno(), 0o600)  # the file may be a leftover
         file.write(render(state))
         file.flush()
         os.fsync(file.fileno())
@@ -100,15 +115,23 @@ def same_config(one: NetConf, other: NetConf) -> bool:
     return _config(one) == _config(other)
 
 
-def last_known(directory: Path) -> NodeState | None:
-    """The state of an earlier run to start from if need be; None, with a warning, if it cannot be read."""
+def last_known(directory: Path, origin: Callable[[str], str]) -> NodeState | None:
+    """The state of an earlier run to start from if need be.
+
+    None, with a warning, if it cannot be read or is of another `origin`, which is told for the name of the
+    external interface.
+    """
     if not (directory / NAME).exists():
         return None
     try:
-        return load(directory)
+        state = load(directory)
     except ConfigError as exc:
         logger.warning("%s; starting without it", exc)
         return None
+    if state.origin != origin(state.external.name):
+        logger.warning("%s is of another machine or store; starting without it", directory / NAME)
+        return None
+    return state
 
 
 def load(directory: Path) -> NodeState:
@@ -123,6 +146,12 @@ def load(directory: Path) -> NodeState:
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigError(f"cannot read {path}: {exc}") from exc
     return parse(text, str(path))
+
+
+def _pair(found: list[object]) -> tuple[str, str]:
+    if len(found) != 2 or not all(isinstance(text, str) for text in found):
+        raise gojson.GoJsonError("publicIPs must be two strings")
+    return str(found[0]), str(found[1])
 
 
 def _text(address: IPv4Address | IPv6Address | None) -> str:

@@ -10,6 +10,7 @@ Where the store does not answer, a node that has run before starts with what it 
 from __future__ import annotations
 
 import os
+import random
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,11 +35,11 @@ from flanneld.lease import Attributes, Lease, LeaseSet, Update
 from flanneld.log import OncePerChange, logger
 from flanneld.snapshot import NodeState
 from flanneld.subnet import envfile
-from flanneld.subnet.manager import SubnetManager
+from flanneld.subnet.manager import LEASE_TTL_S, SubnetManager
 
 T = TypeVar("T")
 
-_RETRY_FIRST_S, _RETRY_LAST_S = 0.1, 5.0
+_RETRY_FIRST_S, _RETRY_LAST_S = 0.1, 10.0
 # How long the store may stay silent before a node that has run before goes on without it.
 RESTORE_AFTER_S = 3.0
 
@@ -58,6 +59,7 @@ class Start:
 
     config: NetConf
     public_ips: tuple[str, str]
+    origin: str
     external: ExternalInterface
     backend: Backend
     own: Lease
@@ -84,6 +86,17 @@ def previous_lease(subnet_file: Path, saved: NodeState | None) -> Lease | None:
     if previous.subnet or previous.ipv6_subnet:
         return Lease(previous.subnet, previous.ipv6_subnet, Attributes())
     return saved.own if saved else None
+
+
+def origin(options: Options, kernel: NetlinkKernel, interface: str) -> str:
+    """The machine, known by the address of its interface's hardware, and the store: see `NodeState`."""
+    link = kernel.link(interface)
+    place = {
+        Store.KUBERNETES: options.kube_annotation_prefix,
+        Store.ETCD: options.etcd_prefix,
+        Store.SQLITE: options.lease_db_path,
+    }
+    return f"{link.mac if link else ''} {options.store.value} {place[options.store]}"
 
 
 def subnet_manager(options: Options, previous: Lease | None, environ: Mapping[str, str]) -> SubnetManager:
@@ -151,7 +164,9 @@ class Source:
 
     def public_ips(self) -> tuple[str, str]:
         """The addresses that the operator keeps for this node in the store."""
-        return self._ask("reading the node's public IP", self._manager.public_ips, _public_ips_of)
+        return self._ask(
+            "reading the node's public IP", self._manager.public_ips, lambda saved: saved.public_ips
+        )
 
     def own(
         self, backend: Backend, config: NetConf, existing: NetState, previous: Lease | None
@@ -166,7 +181,7 @@ class Source:
             return saved.own if suits(saved.own, config) else None
 
         stored = self._ask("reading our lease", lambda: self._manager.stored(public_ip), remembered)
-        known = stored or previous
+        known = _better_known(stored, previous)
         attrs = backend.attributes(known, existing) if known else published
         lease = self._ask(
             "taking a lease",
@@ -206,16 +221,15 @@ class Source:
             return kept
 
 
+def _better_known(stored: Lease | None, previous: Lease | None) -> Lease | None:
+    """Whose VTEP MAC to keep: the lease of our public IP, unless it is another than the one that was ours."""
+    if stored is None or previous is None:
+        return stored or previous
+    return previous if previous.attrs.backend_data and previous.key != stored.key else stored
+
+
 def _config_of(saved: NodeState) -> NetConf:
     return saved.config
-
-
-def _public_ips_of(saved: NodeState) -> tuple[str, str]:
-    """What differs from the interface's own addresses was set by somebody."""
-    external = saved.external
-    v4 = "" if external.public_ip in (None, external.address) else str(external.public_ip)
-    v6 = "" if external.public_ipv6 in (None, external.address6) else str(external.public_ipv6)
-    return v4, v6
 
 
 def suits(lease: Lease, config: NetConf) -> bool:
@@ -255,13 +269,18 @@ def until_available(
                 raise
             readiness.waiting(f"waiting for the store ({what}): {exc}")
             trouble.trouble(f"Waiting for the store ({what}): {exc}")
-            stop.wait(delay_s)
+            stop.wait(spread(delay_s))
             delay_s = min(delay_s * 2, _RETRY_LAST_S)
         else:
             metrics.STORE_UP.set(1)
             trouble.over(f"The store answers again ({what})")
             return result
     raise Stopped
+
+
+def spread(delay_s: float) -> float:
+    """A delay about as long, so that nodes that lost their store together do not come back together."""
+    return delay_s * random.uniform(0.5, 1.5)  # noqa: S311 - no secret
 
 
 def decide(
@@ -286,10 +305,13 @@ def decide(
     own, known = source.own(backend, config, existing, previous)
     peers = source.peers(own)
     check_routes(kernel, config, external, own, peers)
-    doubtful = saved.peers if saved and not known else ()
+    doubtful: tuple[Lease, ...] = ()
+    if saved and time.time() - saved.written_s < LEASE_TTL_S:
+        doubtful = tuple(peer for peer in saved.peers if not known or peer.key in saved.doubtful)
     return Start(
         config=config,
         public_ips=public_ips,
+        origin=origin(options, kernel, external.name),
         external=external,
         backend=backend,
         own=own,

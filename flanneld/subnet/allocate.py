@@ -184,7 +184,13 @@ def choose(
 
     `leases` are all that are in force. Raises OutOfSubnets.
     """
-    mine = tuple(x for x in leases if holds(x, own_public_ip) or _same_node(x, previous))
+    # What we wrote ourselves comes before what only names the address that is ours now.
+    mine = tuple(
+        sorted(
+            (x for x in leases if holds(x, own_public_ip) or _same_node(x, previous)),
+            key=lambda x: not _same_node(x, previous),
+        )
+    )
     for lease in mine:
         if fits(config, lease):
             return Keep(lease)

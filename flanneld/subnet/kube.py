@@ -58,6 +58,9 @@ RECENT_S = 60.0
 # A watch that ends sooner and has brought nothing was refused in fact.
 SHORT_S = 1.0
 SHORT_WATCHES = 3
+# A lost history costs a list of all nodes: each time after a longer pause, until a watch lived so long.
+LIVED_S = 60.0
+RELIST_FIRST_S, RELIST_LAST_S = 2.0, 120.0
 
 
 class KubeManager:
@@ -128,10 +131,12 @@ class KubeManager:
         own = self._own()
         lease = Lease(*nodes.own_subnets(own, config, self._net_config_path), attrs)
         wanted = nodes.published(own, attrs)
-        if self._recent is None or time.monotonic() - self._recent[0] > RECENT_S:
-            self._recent = time.monotonic(), self._list(None)
-        listing = self._recent[1]
+        recent, self._recent = self._recent, None
+        if recent is None or time.monotonic() - recent[0] > RECENT_S:
+            recent = time.monotonic(), self._list(None)
+        listing = recent[1]
         self._check_rivals(own, lease, wanted, listing.nodes)
+        self._recent = recent
         own = self._publish(own, wanted, lease)
         session = self._begin(config, listing)
         self._report(session.table.fold([nodes.Event(own.name, own)]))
@@ -292,21 +297,33 @@ class KubeManager:
                 )
             if short > 1:
                 stop.wait(random.uniform(0.5, 1.0) * SHORT_S)  # noqa: S311 - a pause, no secret
+            if time.monotonic() - began > LIVED_S:
+                session.losses = 0
             if lost:
+                # Thousands of nodes lose their history at the same moment.
+                longest_s = min(RELIST_FIRST_S * 2**session.losses, RELIST_LAST_S)
+                stop.wait(random.uniform(0.0, longest_s))  # noqa: S311 - a pause, no secret
+                session.losses += 1
                 yield self._read_again(session, stop)
 
     def _one_watch(self, session: _Session, stop: Event) -> Generator[Update, None, bool]:
         """Yield what one watch brings; returns whether it was cut."""
-        with closing(self._api.watch(session.version, session.table.nodes)) as watch:
+        with closing(self._api.watch(session.version, session.table.nodes, self._node)) as watch:
             while not self._api.ended(stop):
                 batch = watch.receive()
                 if batch is None:
                     continue
                 session.version = batch.version or session.version
-                yield self._report(session.table.fold(batch.events))
+                yield self._report(session.table.fold(batch.events)) or self._bare(batch.events)
                 if batch.ended:
                     return batch.cut
         return True
+
+    def _bare(self, events: Iterable[nodes.Event]) -> tuple[Change, ...]:
+        """That our lease is gone, if our node shows itself without our annotations: it was made again."""
+        _, used = self._mine
+        bare = any(name == self._node and node and not node.managed for name, node in events)
+        return (Change(used.key, None),) if bare and used is not None else ()
 
     def _read_again(self, session: _Session, stop: Event) -> Update:
         """List the nodes after a lost history; what has changed, or all if that took our own lease away.
@@ -362,3 +379,4 @@ class _Session:
     table: Table
     version: str
     doubtful: bool = False
+    losses: int = 0

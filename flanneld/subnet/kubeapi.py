@@ -30,13 +30,14 @@ Decision: HTTPS_PROXY and NO_PROXY count as they do for upstream (Go's rules, wi
 from __future__ import annotations
 
 import random
+import re
 import socket
 import ssl
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import closing, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -70,6 +71,7 @@ CALL_LIMIT_S = 10.0  # one answer; also the beginning of a watch
 PAGE_LIMIT_S = 60.0  # 500 nodes of 15 kB are 7.5 MB
 POLL_S = 0.4  # how soon a blocked call notices `stop`
 PAGE = 500
+PAGE_PAUSES_S = (0.2, 0.5, 1.0, 2.0, 4.0)  # before a page is asked for again
 # The server ends a watch by itself after a time within these bounds (client-go's).
 WATCH_LIMITS_S = (300, 600)
 # Bookmarks come about once a minute; a watch without a sign of life for longer is over.
@@ -87,11 +89,12 @@ _SOCKET_OPTIONS = [
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
     (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000),
 ]
-# What a connection can end with; the last two if another thread closes it meanwhile.
-_BROKEN = (httpx2.HTTPError, LightkubeError, OSError, RuntimeError, ValueError)
+# What the libraries raise for a request; the last two where they did not foresee it.
+_BROKEN = (httpx2.HTTPError, LightkubeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 _UNREADABLE = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
 # What lightkube raises for a kubeconfig in which something is missing or is of another type.
 _MISSHAPEN = (msgspec.MsgspecError, AttributeError, LookupError, TypeError, ValueError)
+_BEARER = re.compile(r"(Bearer )[^\s'\"]+")
 _CLOSED = "the connection to the API server was closed"
 _NEEDED = "the ClusterRole flannel must allow: pods get; nodes get, list, watch; nodes/status patch"
 
@@ -274,7 +277,12 @@ class _Client(GenericSyncClient):
     """lightkube's requests, over a transport with our socket options."""
 
     def __init__(self, config: SingleConfig, through: str | None) -> None:
-        self.cluster, self.user = config.cluster, config.user or User()
+        user = config.user or User()
+        self.cluster = config.cluster
+        # A token that was pasted from a file ends in a line break, which no header may hold.
+        self.user = msgspec.structs.replace(user, token=user.token.strip() or None) if user.token else user
+        self.users = 0  # calls that go on; see `Api`
+        self.answered = False  # so there may be a connection from earlier
         self._verify = verify_cluster(self.cluster, self.user, config.abs_file, trust_env=False)
         super().__init__(ConnectionParams(timeout=_timeout(CALL_LIMIT_S), proxy=through), config)
 
@@ -341,7 +349,9 @@ class Access:
             if url.scheme in ("http", "https") and url.host:
                 return _Client(config, proxy.proxy_for(url.scheme, url.host, url.port, self.environ))
             problem = f"{server!r} is no URL of an API server, such as https://HOST:PORT"
-        except (OSError, ValueError, ImportError, LightkubeError, httpx2.InvalidURL) as exc:
+        except OSError as exc:
+            problem = f"{_said(exc)}: {_files(config)}"
+        except (ValueError, ImportError, LightkubeError, httpx2.InvalidURL) as exc:
             problem = _said(exc)  # ImportError: for a proxy that is spoken to in SOCKS
         raise ConfigError(f"{self.source}: cannot use what it names: {problem}")
 
@@ -386,6 +396,11 @@ def _absolute(config: SingleConfig, record: R, *names: str) -> R:
     return msgspec.structs.replace(record, **found)
 
 
+def _files(config: SingleConfig) -> str:
+    user = config.user or User()
+    return ", ".join(filter(None, (config.cluster.certificate_auth, user.client_cert, user.client_key)))
+
+
 def _only(config: KubeConfig) -> SingleConfig:
     """The current context."""
     found = config.get()
@@ -404,7 +419,7 @@ def _with_scheme(server: str, config: SingleConfig) -> str:
 
 
 def _said(exc: BaseException) -> str:
-    return " ".join(str(exc).split()) or type(exc).__name__
+    return _BEARER.sub(r"\1***", " ".join(str(exc).split())) or type(exc).__name__
 
 
 # ---- requests
@@ -448,6 +463,9 @@ class Api:
     Every method raises StoreUnavailable, with the remedy if there is one, and may be called from any
     thread. There are two clients, one for calls about one object and one for list and watch: a refused
     one is thrown away with its connections, which must not cost the other its watch.
+
+    A client that is given up is closed by the last call that uses it: a socket closed under a thread
+    that reads TLS from it would have that thread read from whatever gets its descriptor next.
     """
 
     def __init__(self, access: Access, annotation_keys: Mapping[str, str]) -> None:
@@ -500,17 +518,34 @@ class Api:
         found: list[Node] = []
         version, token = "", ""
         while True:
-            params = {"limit": str(PAGE), "continue": token or None}
-            page = self._ask(_Call("list", self._types.node, params=params), self._types.page.decode, stop)
+            page = self._page(token, stop)
             found.extend(map(_node_and_state, page.items or ()))
             version, token = version or page.metadata.resourceVersion, page.metadata.continue_
             if not token:
                 return Listing(version, found)
 
-    def watch(self, version: str, known: dict[str, Node]) -> Watch:
+    def _page(self, token: str, stop: Event | None) -> Any:
+        """One page. After the first it is asked for again: to begin anew is harder on a busy server."""
+        call = _Call("list", self._types.node, params={"limit": str(PAGE), "continue": token or None})
+        pauses_s = iter(PAGE_PAUSES_S if token else ())
+        while True:
+            try:
+                return self._ask(call, self._types.page.decode, stop)
+            except StoreUnavailable:
+                pause_s = next(pauses_s, None)
+                if pause_s is None or self.ended(stop):
+                    raise
+                self._pause(max(pause_s, self._until - time.monotonic()) * random.uniform(1.0, 1.5), stop)  # noqa: S311 - no secret
+
+    def _pause(self, seconds: float, stop: Event | None) -> None:
+        until = time.monotonic() + seconds
+        while not self.ended(stop) and (left := until - time.monotonic()) > 0:
+            self._closed.wait(min(left, POLL_S))
+
+    def watch(self, version: str, known: dict[str, Node], own: str) -> Watch:
         """Begin to watch all nodes from `version` on, at which the managed ones were those in `known`.
 
-        There is one watch at a time.
+        There is one watch at a time. Of the node `own` everything is told.
         """
         params = {
             "allowWatchBookmarks": "true",
@@ -519,7 +554,7 @@ class Api:
         }
         call = _Call("watch", self._types.node, params=params)
         with self._lock:
-            watch = self._watch = Watch(self, lambda: self.send(call), self._reader(call), known)
+            watch = self._watch = Watch(self, lambda: self.open(call), self._reader(call), known, own)
         return watch
 
     def ended(self, stop: Event | None = None) -> bool:
@@ -530,10 +565,12 @@ class Api:
         self._closed.set()
         with self._lock:
             watch, clients = self._watch, list(self._clients.values())
-        if watch is not None:  # before its socket is closed, which would not wake it
+            self._clients.clear()
+        if watch is not None:
             watch.close()
         for client in clients:
-            _close(client)
+            if not client.users:
+                _close(client)
 
     def _ask(self, call: _Call, decode: Callable[[bytes], T], stop: Event | None = None) -> T:
         """The decoded answer, within `call.limit_s`; ends soon after `stop` is set or `close` called."""
@@ -552,29 +589,28 @@ class Api:
         return StoreUnavailable(f"the API server at {self.url} {what} within {limit_s:g} s")
 
     def _answer(self, call: _Call, decode: Callable[[bytes], T]) -> T:
-        response = self.send(call)
         try:
-            return decode(self._attempt(call, response.read))
+            with self.open(call) as response:
+                return decode(self._attempt(call, response.read))
         except _UNREADABLE as exc:
             raise StoreUnavailable(
                 f"the API server at {self.url} answered to {call} with something else: {exc}"
             ) from None
-        finally:
-            response.close()
 
-    def send(self, call: _Call) -> httpx2.Response:
+    @contextmanager
+    def open(self, call: _Call) -> Iterator[httpx2.Response]:
         """The beginning of a good answer; raises Gone, Missing and ConfigError as well."""
         if time.monotonic() < self._until:
             raise StoreUnavailable(self._why)
-        client = self._client(call.about_all)
-        response = self._attempt(call, lambda: _send(client, call), client)
-        if response.status_code == 200:
-            return response
+        client = self._enter(call.about_all)
         try:
-            failure = _read_failure(self._attempt(call, response.read), response)
+            with closing(self._attempt(call, lambda: _send(client, call), client)) as response:
+                if response.status_code != 200:
+                    failure = _read_failure(self._attempt(call, response.read), response)
+                    raise self._refused(call, failure, client)
+                yield response
         finally:
-            response.close()
-        raise self._refused(call, failure, client)
+            self._leave(client)
 
     def _attempt(self, call: _Call, step: Callable[[], T], client: _Client | None = None) -> T:
         """One step of a request; what the libraries raise becomes StoreUnavailable."""
@@ -651,7 +687,7 @@ class Api:
 
         return read
 
-    def _client(self, about_all: bool) -> _Client:
+    def _enter(self, about_all: bool) -> _Client:
         with self._lock:
             if self._closed.is_set():
                 raise StoreUnavailable(_CLOSED)
@@ -662,14 +698,21 @@ class Api:
                 except ConfigError as exc:  # it was good once, and may be so again
                     raise StoreUnavailable(str(exc)) from exc
                 self.url = client.cluster.server
+            client.users += 1
             return client
 
+    def _leave(self, client: _Client) -> None:
+        with self._lock:
+            client.users -= 1
+            unused = client not in self._clients.values() and not client.users
+        if unused:
+            _close(client)
+
     def _drop(self, about_all: bool, client: _Client) -> None:
-        """Have the next call read the credentials again."""
+        """Have the next call read the credentials again; called by one that uses the client."""
         with self._lock:
             if self._clients.get(about_all) is client:
                 del self._clients[about_all]
-        _close(client)
 
     def _authority(self, client: _Client) -> str:
         cluster = client.cluster
@@ -680,17 +723,19 @@ class Api:
         )
 
 
-def _send(client: _Client, call: _Call, again: bool = True) -> httpx2.Response:
-    """Send the request, and what only reads a second time if the connection breaks at once.
+def _send(client: _Client, call: _Call) -> httpx2.Response:
+    """Send the request, and what only reads a second time if a connection from earlier breaks at once.
 
-    As Go's client: most likely it is one from earlier that the server has closed meanwhile.
+    As Go's client: most likely the server has closed it meanwhile.
     """
+    again, client.answered = client.answered and call.body is None, False
     try:
         response: httpx2.Response = client.send(_request(client, call), stream=True)
     except (httpx2.RemoteProtocolError, httpx2.ReadError, httpx2.WriteError):
-        if call.body is not None or not again:
+        if not again:
             raise
-        return _send(client, call, again=False)
+        response = client.send(_request(client, call), stream=True)
+    client.answered = True
     return response
 
 
@@ -710,8 +755,7 @@ def _request(client: _Client, call: _Call) -> httpx2.Request:
 
 
 def _close(client: _Client) -> None:
-    with suppress(OSError, RuntimeError, httpx2.HTTPError):  # another thread may be using it
-        client.close()  # type: ignore[no-untyped-call]
+    client.close()  # type: ignore[no-untyped-call]
 
 
 def _read_failure(body: bytes, response: httpx2.Response) -> _Failure:
@@ -757,13 +801,16 @@ class Watch:
     def __init__(
         self,
         api: Api,
-        send: Callable[[], httpx2.Response],
+        begin: Callable[[], AbstractContextManager[httpx2.Response]],
         read: Callable[[bytes], tuple[nodes.Event | None, str]],
         known: dict[str, Node],
+        own: str,
     ) -> None:
-        self._api, self._send, self._read, self._known = api, send, read, known
+        self._own = own
+        self._api, self._begin, self._read, self._known = api, begin, read, known
         self._items: SimpleQueue[Batch | Exception] = SimpleQueue()
         self._over = Event()
+        self._guard = Lock()  # of the socket, which its thread may close
         self._socket: socket.socket | None = None
         self._begun = self._heard = time.monotonic()
         self._stands = self._cut = False
@@ -803,11 +850,12 @@ class Watch:
 
     def close(self) -> None:
         """End the watch. A reader that waits for an answer to begin is left to its time limit."""
-        self._over.set()
-        if self._socket is not None:
-            with suppress(OSError):
-                # Below TLS, whose own shutdown would take its state from under the reader.
-                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+        with self._guard:
+            self._over.set()
+            if self._socket is not None:
+                with suppress(OSError):
+                    # Below TLS, whose own shutdown would take its state from under the reader.
+                    socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
         self._thread.join(POLL_S)
 
     def _put(self, item: Batch | Exception) -> None:
@@ -817,19 +865,31 @@ class Watch:
 
     def _run(self) -> None:
         try:
-            with closing(self._send()) as response:
-                self._socket = response.extensions["network_stream"].get_extra_info("socket")
-                if self._over.is_set():  # `close` came too early to end the connection
-                    return
-                self._put(Batch([]))
-                version = ""
-                for line in self._lines(response):
-                    event, version = self._read(line)
-                    if event is None or self._is_new(event):
-                        self._put(Batch([event] if event else [], version))
+            with self._begin() as response:
+                self._take_socket(response.extensions["network_stream"].get_extra_info("socket"))
+                try:
+                    self._put(Batch([]))
+                    version = self._read_events(response)
+                finally:
+                    self._take_socket(None)
             self._put(Batch([], version, ended=True, cut=self._cut))
         except Exception as exc:  # noqa: BLE001 - a thread's top; raised again where the events are awaited
             self._put(exc)
+
+    def _take_socket(self, found: socket.socket | None) -> None:
+        """Let `close` end the connection from now on, or no longer."""
+        with self._guard:
+            self._socket = found
+            if self._over.is_set() and found is not None:  # `close` came before
+                raise StoreUnavailable(_CLOSED)
+
+    def _read_events(self, response: httpx2.Response) -> str:
+        version = ""
+        for line in self._lines(response):
+            event, version = self._read(line)
+            if event is None or self._is_new(event):
+                self._put(Batch([event] if event else [], version))
+        return version
 
     def _lines(self, response: httpx2.Response) -> Iterator[bytes]:
         """The whole lines that come, until the connection ends in some way."""
@@ -847,7 +907,7 @@ class Watch:
         if node is not None and not node.managed:
             node = None
         if self._known.get(name) == node:
-            return False
+            return name == self._own
         if node is None:
             del self._known[name]
         else:

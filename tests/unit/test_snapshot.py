@@ -17,7 +17,7 @@ from flanneld import snapshot
 from flanneld.config import NetConf, parse_netconf, validate
 from flanneld.iface import ExternalInterface
 from flanneld.lease import Attributes, Lease
-from flanneld.snapshot import NodeState, parse, render
+from flanneld.snapshot import NodeState, last_known, parse, render, write
 
 words = st.text(max_size=12)
 numbers = st.one_of(st.integers(-(1 << 31), 1 << 31), st.floats(allow_nan=False, allow_infinity=False))
@@ -93,15 +93,20 @@ nodes = st.builds(
     NodeState,
     st.integers(0, 1 << 22),
     moments,
+    words,
+    st.tuples(words, words),
     configs(),
     externals,
     leases,
     st.lists(leases, max_size=3).map(tuple),
+    st.frozensets(words, max_size=2),
 )
 
 NODE = NodeState(
     pid=4711,
     written_s=1751207666.25,
+    origin="02:00:00:00:00:aa etcd /coreos.com/network",
+    public_ips=("", ""),
     config=validate(parse_netconf('{"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan"}}', "x"), "x"),
     external=ExternalInterface(
         "eth0", 1500, IPv4Address("192.0.2.1"), None, IPv4Address("192.0.2.1"), None, "--iface=eth0 names it"
@@ -225,3 +230,13 @@ def test_a_broken_file_is_told_by_name(content: bytes, tmp_path: Path) -> None:
         snapshot.load(tmp_path)
     assert str(tmp_path / "state.json") in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_only_a_state_of_this_machine_and_store_is_started_from(tmp_path: Path) -> None:
+    """A cloned disk, a new network card, another etcd: what the file says is not ours."""
+    assert last_known(tmp_path, lambda name: "x") is None
+    write(tmp_path, NODE)
+    assert last_known(tmp_path, lambda name: NODE.origin if name == "eth0" else "") == NODE
+    assert last_known(tmp_path, lambda name: "02:00:00:00:00:bb etcd /coreos.com/network") is None
+    (tmp_path / "state.json").write_text("{")
+    assert last_known(tmp_path, lambda name: NODE.origin) is None

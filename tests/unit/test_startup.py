@@ -34,7 +34,7 @@ def lease(subnet: str, public_ip: str, mac: str = MAC) -> Lease:
 
 
 OWN, PEER = lease("10.5.1.0/24", "192.0.2.1"), lease("10.5.2.0/24", "192.0.2.2")
-SAVED = NodeState(1, 1000.0, CONFIG, EXTERNAL, OWN, (PEER,))
+SAVED = NodeState(1, 1000.0, "here", ("203.0.113.9", ""), CONFIG, EXTERNAL, OWN, (PEER,))
 BACKEND = VxlanBackend.from_config(CONFIG, EXTERNAL, "test")
 NOTHING: NetState = {}
 
@@ -109,7 +109,7 @@ def test_a_silent_store_is_replaced_by_what_is_saved_for_all_questions() -> None
     found = source(store)
     assert found.config() == CONFIG
     asked = store.away
-    assert found.public_ips() == ("", "")
+    assert found.public_ips() == ("203.0.113.9", "")
     assert found.own(BACKEND, CONFIG, NOTHING, OWN) == (OWN, True)
     assert found.peers(OWN) == (PEER,)
     assert found.restored == 1000.0
@@ -154,11 +154,12 @@ def test_the_mac_of_an_earlier_run_is_kept_when_the_store_has_forgotten_us() -> 
     assert own.attrs.backend_data == OWN.attrs.backend_data
 
 
-def test_public_ips_that_somebody_set_are_restored() -> None:
-    external = replace(EXTERNAL, public_ip=IPv4Address("203.0.113.9"))
-    found = source(FakeStore(away=1_000_000), replace(SAVED, external=external))
-    found.config()
-    assert found.public_ips() == ("203.0.113.9", "")
+def test_the_lease_of_an_address_that_was_anothers_does_not_change_our_mac() -> None:
+    """Two nodes swapped their addresses while they were down."""
+    others = lease("10.5.2.0/24", "192.0.2.1", "02:00:00:00:00:02")
+    store = FakeStore(held=others)
+    source(store).own(BACKEND, CONFIG, NOTHING, OWN)
+    assert store.acquired[-1].backend_data == OWN.attrs.backend_data
 
 
 DUAL = replace(CONFIG, enable_ipv6=True, ipv6_network=IPv6Network("fd00::/48"))
