@@ -147,3 +147,72 @@ def test_the_interface_goes_and_comes_back(cluster_of: Clusters) -> None:
     wait_for(lambda: reaches(near, far), 5.0, "traffic", node.log)
     assert device(node)["address"] == mac
     node.daemon.require_running()
+
+
+def test_an_address_that_is_away_for_a_moment_is_not_given_up(cluster_of: Clusters) -> None:
+    """A DHCP client drops and takes its lease again, with a second address beside it all the time."""
+    cluster = cluster_of(1)
+    cluster.start()
+    node = cluster.nodes[0]
+    index = device(node)["ifindex"]
+    node.lab.ip(node.netns, f"addr add {NEW}/24 dev eth0", f"addr del {node.address}/24 dev eth0")
+    # Its own address vanishes with the first look at the interface, which is a second later at most.
+    mark = len(node.log.read_text())
+    node.lab.run(node.netns, "sleep", "2")
+    node.lab.ip(node.netns, f"addr add {node.address}/24 dev eth0")
+    node.lab.run(node.netns, "sleep", "5")
+    assert (local(node), device(node)["ifindex"]) == (str(node.address), index)
+    assert "anew" not in node.log.read_text()[mark:]
+
+
+def test_routes_of_others_on_the_interface_cost_no_work(cluster_of: Clusters) -> None:
+    cluster = cluster_of(1)
+    node = cluster.nodes[0]
+    node.start(FROZEN, cluster.store, "--healthz-port=8081")
+    node.wait_subnet()
+    wait_for(lambda: "flannel is ready" in node.log.read_text(), 5.0, "the daemon", node.log)
+
+    def passes() -> float:
+        text = node.lab.run(node.netns, "curl", "-s", "http://127.0.0.1:8081/metrics")
+        return float(text.partition('duration_seconds_count{what="network"} ')[2].split()[0])
+
+    before = passes()
+    for number in range(50):
+        node.lab.ip(node.netns, f"route add 172.20.{number}.0/24 via 192.168.77.1")
+    # What comes after them has been seen: so have they.
+    node.lab.ip(node.netns, "link set flannel.1 alias seen")
+    wait_for(lambda: passes() == before + 1, 5.0, "one pass, for the device", node.log)
+
+
+def test_a_set_up_that_fails_later_does_not_end_the_daemon(cluster_of: Clusters) -> None:
+    """The node moves to another address while a program holds the VXLAN port, and then gives it back."""
+    cluster = cluster_of(1)
+    cluster.start()
+    node = cluster.nodes[0]
+    holder = """if True:
+        import signal, socket, time
+        while True:
+            sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            try:
+                sock.bind(("", 8472))
+                break
+            except OSError:
+                time.sleep(0.001)
+        print("held", flush=True)
+        signal.pause()
+    """
+    thief = node.lab.spawn(node.netns, "thief", ["/usr/bin/python3", "-c", holder])
+    os.kill(node.daemon.popen.pid, signal.SIGSTOP)
+    node.lab.ip(node.netns, "link del flannel.1")
+    thief.wait_text("held")
+    node.lab.ip(
+        node.netns,
+        f"addr del {node.address}/24 dev eth0",
+        f"addr add {NEW}/24 dev eth0",
+        "route replace default via 192.168.77.1",
+    )
+    os.kill(node.daemon.popen.pid, signal.SIGCONT)
+    node.daemon.wait_text("cannot be set up anew, and is tried again", 30.0)
+    thief.end()
+    wait_for(lambda: local(node) == NEW, 30.0, "the device", node.log)
+    node.daemon.require_running()

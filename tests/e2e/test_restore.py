@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from tests.lab.cluster import Cluster
 from tests.lab.net import LabError, Process, wait_for
-from tests.lab.node import CNI_BIN, ETCD_PREFIX, UPSTREAM_CNI_BIN, Node, etcdctl
+from tests.lab.node import CNI_BIN, ETCD_PREFIX, UPSTREAM_CNI_BIN, Node, Store, etcdctl
 
 Clusters = Callable[..., Cluster]
 PLUGINS = (CNI_BIN, UPSTREAM_CNI_BIN)
@@ -186,3 +186,32 @@ def test_a_lost_lease_is_replaced_without_a_restart(cluster_of: Clusters) -> Non
     wait_for(lambda: f"Lease acquired: {node.subnet.network_address}" in said(node), 5.0, "a lease", node.log)
     wait_for(lambda: str(node.subnet) in str(overlay(other)), 5.0, "the new route", other.log)
     node.daemon.require_running()
+
+
+def test_a_cloned_disk_takes_nobodys_subnet(cluster_of: Clusters) -> None:
+    """A node that boots from a copy of another's disk is known by its network card for another machine."""
+    cluster = cluster_of(2, "etcd")
+    node, clone = cluster.nodes
+    cluster.start(node)
+    wait_known(node, 1)
+    before = overlay(node)
+    (clone.directory / "state.json").write_bytes((node.directory / "state.json").read_bytes())
+    cluster.start(clone)
+    assert "state.json is of another machine or store" in said(clone)
+    assert clone.subnet != node.subnet
+    assert set(before) <= set(overlay(node))
+    assert "anew" not in said(node)
+
+
+def test_the_state_of_another_store_is_not_believed(cluster_of: Clusters) -> None:
+    cluster = cluster_of(1, "sqlite")
+    node = cluster.nodes[0]
+    cluster.start()
+    wait_known(node, 1)
+    os.kill(node.daemon.popen.pid, signal.SIGKILL)
+    node.daemon.popen.wait(5)
+    node.log.unlink()
+    node.start(cluster.command, Store(("--etcd-endpoints=http://192.168.77.2:1",), ""), "--healthz-port=8081")
+    wait_for(lambda: "Waiting for the store" in said(node), 15.0, "the wait", node.log)
+    assert "state.json is of another machine or store" in said(node)
+    assert probe(node, "/readyz").endswith(" 503")
