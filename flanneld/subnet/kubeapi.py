@@ -92,6 +92,8 @@ _SOCKET_OPTIONS = [
 # What the libraries raise for a request; the last two where they did not foresee it.
 _BROKEN = (httpx2.HTTPError, LightkubeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 _UNREADABLE = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
+# Keys of a kubeconfig that lightkube passes over.
+_UNSUPPORTED = frozenset({"tls-server-name", "proxy-url", "as", "as-uid", "as-groups", "as-user-extra"})
 # What lightkube raises for a kubeconfig in which something is missing or is of another type.
 _MISSHAPEN = (msgspec.MsgspecError, AttributeError, LookupError, TypeError, ValueError)
 _BEARER = re.compile(r"(Bearer )[^\s'\"]+")
@@ -350,7 +352,7 @@ class Access:
                 return _Client(config, proxy.proxy_for(url.scheme, url.host, url.port, self.environ))
             problem = f"{server!r} is no URL of an API server, such as https://HOST:PORT"
         except OSError as exc:
-            problem = f"{_said(exc)}: {_files(config)}"
+            problem = f"{exc.strerror or _said(exc)}: {_files(config)}"
         except (ValueError, ImportError, LightkubeError, httpx2.InvalidURL) as exc:
             problem = _said(exc)  # ImportError: for a proxy that is spoken to in SOCKS
         raise ConfigError(f"{self.source}: cannot use what it names: {problem}")
@@ -360,6 +362,7 @@ class Access:
             return _only(KubeConfig.from_server(self.api_url)) if self.api_url else self._in_cluster()
         try:
             config = _only(KubeConfig.from_file(self.kubeconfig))
+            _require_known(yaml.safe_load(Path(self.kubeconfig).read_bytes()), config)
         except (LightkubeError, OSError, yaml.YAMLError, *_MISSHAPEN) as exc:
             raise ConfigError(
                 f"{self.source} is no kubeconfig with a current-context, its cluster and its user:"
@@ -397,8 +400,12 @@ def _absolute(config: SingleConfig, record: R, *names: str) -> R:
 
 
 def _files(config: SingleConfig) -> str:
+    """The files it names; of what is no path, such as a key that was pasted there, only the beginning."""
     user = config.user or User()
-    return ", ".join(filter(None, (config.cluster.certificate_auth, user.client_cert, user.client_key)))
+    named = filter(None, (config.cluster.certificate_auth, user.client_cert, user.client_key))
+    return ", ".join(
+        name if name.startswith("/") and "\n" not in name else f"{name[:8]}..." for name in named
+    )
 
 
 def _only(config: KubeConfig) -> SingleConfig:
@@ -407,6 +414,15 @@ def _only(config: KubeConfig) -> SingleConfig:
     if found is None:
         raise LightkubeError("no current-context")
     return found
+
+
+def _require_known(record: Any, config: SingleConfig) -> None:
+    """Raise ValueError for what our libraries would pass over: acting as another user, above all."""
+    for kind, name in (("cluster", config.context.cluster), ("user", config.context.user)):
+        [entry] = [e for e in record.get(f"{kind}s") or () if e.get("name") == name] or [{}]
+        unknown = sorted(_UNSUPPORTED & (entry.get(kind) or {}).keys())
+        if unknown:
+            raise ValueError(f"{unknown[0]} of {kind} {name} is not supported")
 
 
 def _with_scheme(server: str, config: SingleConfig) -> str:

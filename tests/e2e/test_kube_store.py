@@ -937,7 +937,8 @@ def test_our_own_node_is_deleted_and_comes_back(cluster: Cluster) -> None:
         cluster.control.add_node("n1", "10.244.1.0/24")
         manager.renew(lease)
         watching.wait_until(lambda now: now == {OWN_KEY: lease})
-        assert all(update != (Change(OWN_KEY, None),) for update in watching.updates[2:])
+        told = [change.lease for update in watching.updates[1:] for change in changes(update)]
+        assert all(found in (None, lease) for found in told)  # never that of the thief
 
 
 # Trouble on the way
@@ -1218,19 +1219,21 @@ def test_null_where_a_list_or_an_object_may_be(cluster: Cluster, front: Front) -
     assert snapshot_of(manager) == {"10.244.2.0-24"}
 
 
-@pytest.mark.parametrize("verb", ["get", "patch"])
-def test_connections_that_break(cluster: Cluster, verb: str) -> None:
-    """What only reads is sent twice, since it may have been an old connection; a write is not."""
+@pytest.mark.parametrize(("verb", "again"), [("get", True), ("patch", False)])
+def test_connections_that_break(cluster: Cluster, verb: str, again: bool) -> None:
+    """What only reads is sent once more if it may have been on an old connection; a write is not."""
     cluster.control.add_node("n1")
     manager = cluster.manager()
-    cluster.control.drop(verb, count=3)
-    broken = 0
-    for _ in range(3):
-        try:
-            manager.complete(Lease(None, None, OWN))
-        except StoreUnavailable as exc:
-            broken += f"does not answer to {verb} nodes" in str(exc)
-    assert broken == {"get": 1, "patch": 3}[verb]
+    cluster.control.drop(verb, count=1)
+    with pytest.raises(StoreUnavailable, match=rf"does not answer to {verb} nodes"):
+        manager.complete(Lease(None, None, OWN))
+    assert manager.public_ips() == ("", "")
+    cluster.control.drop(verb, count=1)
+    if again:
+        manager.complete(Lease(None, None, OWN))
+        cluster.control.drop(verb, count=2)
+    with pytest.raises(StoreUnavailable, match=rf"does not answer to {verb} nodes"):
+        manager.complete(Lease(None, None, OWN))
     manager.complete(Lease(None, None, OWN))
 
 
@@ -1292,13 +1295,13 @@ def test_a_call_has_an_end(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) ->
         assert time.monotonic() - began < 2
 
 
-def sockets() -> int:
-    """How many sockets this process has open."""
-    found = 0
+def sockets() -> set[str]:
+    """The sockets that this process has open."""
+    found = set()
     for link in Path("/proc/self/fd").iterdir():
         with suppress(OSError):  # that of the directory itself is gone by now
-            found += str(link.readlink()).startswith("socket:")
-    return found
+            found.add(str(link.readlink()))
+    return {each for each in found if each.startswith("socket:")}
 
 
 def test_a_socket_is_not_closed_under_a_call_left_behind(
@@ -1312,10 +1315,11 @@ def test_a_socket_is_not_closed_under_a_call_left_behind(
     cluster.control.stall("get")
     with pytest.raises(StoreUnavailable, match=r"gave no answer"):
         manager.public_ips()
+    held = sockets() - before
     manager.close()
-    assert sockets() == before + 1
+    assert held and held <= sockets()
     cluster.control.clear()  # ends the connection
-    wait_for(lambda: sockets() == before)
+    wait_for(lambda: not held & sockets())
 
 
 def test_bytes_that_trickle_have_an_end(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
