@@ -45,6 +45,10 @@ class HurtStore(Protocol):
         """No watch can go on from what it saw last."""
         ...
 
+    def hang_up(self) -> None:
+        """End all connections."""
+        ...
+
     def forget(self, node: Node) -> None:
         """The node's lease is gone."""
         ...
@@ -110,6 +114,9 @@ class HurtEtcd:
         status = json.loads(self._server.etcdctl("endpoint", "status", "-w", "json"))
         self._server.etcdctl("compact", str(status[0]["Status"]["header"]["revision"]))
 
+    def hang_up(self) -> None:
+        raise NotImplementedError("etcd has no switch for that")
+
     def forget(self, node: Node) -> None:
         self._server.etcdctl("del", key_of(node))
 
@@ -167,6 +174,9 @@ class HurtKube:
 
     def forget_history(self) -> None:
         self._control.compact()
+
+    def hang_up(self) -> None:
+        self._control.close_connections()
 
     def forget(self, node: Node) -> None:
         annotations = self._control.annotations(node.name)

@@ -156,7 +156,10 @@ def lost_history(ground: Ground) -> None:
         ground.joined += 1
         ground.store.join(ground.joined)
         ground.store.forget_history()
-        ground.wait_noticed(mark)
+        if ground.store.notices_silence:
+            ground.wait_noticed(mark)
+        else:
+            ground.store.hang_up()
     finally:
         ground.mend()
 
