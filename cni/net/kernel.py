@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from cni.errors import KernelError
-from cni.net import ethtool, netlink
+from cni.net import ethtool, netlink, nlmsg
 from cni.net.entries import Address, Blackhole, Entry, FdbEntry, Link, Neighbour, NetState, Route, state
 from cni.net.netlink import AddressInfo, LinkInfo, NeighbourInfo, RouteInfo
 from cni.net.plan import Operation, Refused, Scope
@@ -88,7 +88,7 @@ class NetlinkKernel:
     def link(self, name: str) -> LinkInfo | None:
         """The link of that name, None if there is none."""
         message = self._ask(netlink.get_link(name))
-        return None if message.kind == netlink.NLMSG_ERROR else netlink.read_link(message.body)
+        return None if message.kind == nlmsg.NLMSG_ERROR else netlink.read_link(message.body)
 
     def addresses(self) -> list[AddressInfo]:
         """Every address of both families."""
@@ -109,7 +109,7 @@ class NetlinkKernel:
     def route_to(self, address: str) -> RouteInfo | None:
         """The route the kernel would take to `address`, None if it has none."""
         message = self._ask(netlink.route_to(netlink.packed(address)))
-        return None if message.kind == netlink.NLMSG_ERROR else netlink.read_route(message.body)
+        return None if message.kind == nlmsg.NLMSG_ERROR else netlink.read_route(message.body)
 
     def on_link(self, link: str) -> Callable[[IPv4Address | IPv6Address], bool]:
         """Whether the kernel reaches an address over `link` without a gateway; it is asked at each call.
@@ -123,7 +123,7 @@ class NetlinkKernel:
             if address.version == 6 and address.is_link_local:
                 return False
             message = self._ask(netlink.route_to(address.packed))
-            if message.kind == netlink.NLMSG_ERROR:
+            if message.kind == nlmsg.NLMSG_ERROR:
                 return False
             leaves_by, gateway = netlink.read_hop(message.body)
             if gateway:
@@ -135,10 +135,10 @@ class NetlinkKernel:
 
         return asked
 
-    def _ask(self, request: tuple[int, bytes]) -> netlink.Message:
+    def _ask(self, request: tuple[int, bytes]) -> nlmsg.Message:
         """Send one request and return its one answer."""
         self._sequence += 1
-        self._socket.send(netlink.message(request[0], 0, self._sequence, request[1]))
+        self._socket.send(nlmsg.message(request[0], 0, self._sequence, request[1]))
         return next(self._answers())
 
     def snapshot(self, scope: Scope) -> NetState:
@@ -204,17 +204,17 @@ class NetlinkKernel:
         """Read a whole table; one that changed while it was read is read again."""
         for _attempt in range(_MAX_INTERRUPTED_DUMPS):
             self._sequence += 1
-            self._socket.send(netlink.message(request[0], netlink.NLM_F_DUMP, self._sequence, request[1]))
+            self._socket.send(nlmsg.message(request[0], nlmsg.NLM_F_DUMP, self._sequence, request[1]))
             found: list[T] = []
             interrupted = False
             for message in self._answers():
-                interrupted |= bool(message.flags & netlink.NLM_F_DUMP_INTR)
+                interrupted |= bool(message.flags & nlmsg.NLM_F_DUMP_INTR)
                 if message.kind == answer:
                     found.append(read(message.body))
-                elif message.kind == netlink.NLMSG_DONE:
+                elif message.kind == nlmsg.NLMSG_DONE:
                     break
-                elif message.kind == netlink.NLMSG_ERROR:
-                    code, text = netlink.error(message)
+                elif message.kind == nlmsg.NLMSG_ERROR:
+                    code, text = nlmsg.error(message)
                     raise KernelError(f"cannot read kernel table {request[0]}: {text or os.strerror(code)}")
             if not interrupted:
                 return found
@@ -223,13 +223,13 @@ class NetlinkKernel:
     def request(self, kind: int, flags: int, body: bytes) -> tuple[int, str]:
         """Send one message and return errno (0 when it was carried out) and the kernel's own words."""
         self._sequence += 1
-        self._socket.send(netlink.message(kind, flags | netlink.NLM_F_ACK, self._sequence, body))
-        return netlink.error(next(self._answers()))
+        self._socket.send(nlmsg.message(kind, flags | nlmsg.NLM_F_ACK, self._sequence, body))
+        return nlmsg.error(next(self._answers()))
 
-    def _answers(self) -> Iterator[netlink.Message]:
+    def _answers(self) -> Iterator[nlmsg.Message]:
         """Messages that answer the last request; endless, the caller stops at what it waits for."""
         while True:
-            for message in netlink.messages(self._receive()):
+            for message in nlmsg.messages(self._receive()):
                 if message.seq == self._sequence:
                     yield message
 
@@ -328,7 +328,7 @@ class NetlinkKernel:
             return refused
         last = self._sequence + len(bodies)
         buffer = b"".join(
-            netlink.message(kind, flags | (netlink.NLM_F_ACK if seq == last else 0), seq, body)
+            nlmsg.message(kind, flags | (nlmsg.NLM_F_ACK if seq == last else 0), seq, body)
             for seq, (kind, flags, body) in enumerate(bodies, self._sequence + 1)
         )
         # Before anything can fail: no later request may take this one's answers for its own.
@@ -340,10 +340,10 @@ class NetlinkKernel:
     def _collect(self, sent: dict[int, Operation], last: int) -> list[Refused]:
         refused: list[Refused] = []
         while True:
-            for message in netlink.messages(self._receive()):
-                if message.kind != netlink.NLMSG_ERROR or message.seq not in sent:
+            for message in nlmsg.messages(self._receive()):
+                if message.kind != nlmsg.NLMSG_ERROR or message.seq not in sent:
                     continue
-                code, text = netlink.error(message)
+                code, text = nlmsg.error(message)
                 operation = sent[message.seq]
                 if code and not (operation.verb == "drop" and code in _ABSENT):
                     refused.append(Refused(operation, code, text or os.strerror(code)))
@@ -519,11 +519,11 @@ class Monitor:
                     self._learn_names()
                     return []
                 raise KernelError(f"route netlink monitor failed: {exc.strerror}") from exc
-            changes = [change for m in netlink.messages(data) if (change := self._change(m))]
+            changes = [change for m in nlmsg.messages(data) if (change := self._change(m))]
             if changes:
                 return changes
 
-    def _change(self, message: netlink.Message) -> Change | None:
+    def _change(self, message: nlmsg.Message) -> Change | None:
         kind, body = message.kind, message.body
         if kind in (netlink.RTM_NEWLINK, netlink.RTM_DELLINK):
             return self._link(kind, body)
@@ -546,7 +546,7 @@ class Monitor:
             return None
         return Change(kind == netlink.RTM_DELADDR, name, Address(name, f"{found.address}/{found.length}"))
 
-    def _route(self, message: netlink.Message) -> Change | None:
+    def _route(self, message: nlmsg.Message) -> Change | None:
         route = netlink.read_route(message.body)
         if route.table != netlink.RT_TABLE_MAIN:
             return None
@@ -557,7 +557,7 @@ class Monitor:
         if not name:
             # A replaced route is told of by the new one alone: it may have taken the place of ours. Likewise
             # one that is now one of several, as IPv6 makes of routes that are added to one another.
-            replaced = not gone and message.flags & (netlink.NLM_F_REPLACE | netlink.NLM_F_APPEND)
+            replaced = not gone and message.flags & (nlmsg.NLM_F_REPLACE | nlmsg.NLM_F_APPEND)
             return Change(True, "", as_route(route, "")) if replaced else None
         told = route.kind == netlink.RTN_UNICAST if name in self._underlay else _ours(route)
         return Change(gone, name, as_route(route, name)) if told else None

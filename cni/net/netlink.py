@@ -13,17 +13,12 @@ from __future__ import annotations
 import socket
 import struct
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from ipaddress import IPv6Address
 from typing import NamedTuple
 
 from cni.net.entries import Address, Blackhole, Entry, FdbEntry, Link, Neighbour, Route, Vxlan
-
-NLMSG_ERROR, NLMSG_DONE = 2, 3
-NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP_INTR = 0x1, 0x4, 0x10
-NLM_F_DUMP = 0x300
-NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE, NLM_F_APPEND = 0x100, 0x200, 0x400, 0x800
-NLM_F_ACK_TLVS, NLM_F_CAPPED = 0x200, 0x100
+from cni.net.nlmsg import NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, attr, attrs, mac_bytes, mac_text, u32
 
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK = 16, 17, 18
 RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
@@ -59,8 +54,6 @@ _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC, _RTA_TABLE, _RTA_
     18,
 )
 
-_HEADER = struct.Struct("=IHHII")
-_ATTR = struct.Struct("=HH")
 _LOOPBACK = 1  # the index of `lo`, in every namespace
 
 _IFINFO = struct.Struct("=BxHiII")
@@ -74,78 +67,7 @@ _ROUTE = {n: struct.Struct(f"={_RTMSG.format[1:]}HH{n}sHHI") for n in (4, 16)}
 Attrs = Mapping[int, bytes]
 
 
-class Message(NamedTuple):
-    """One netlink message; `body` starts behind the header."""
-
-    kind: int
-    flags: int
-    seq: int
-    body: bytes
-
-
-def messages(buffer: bytes) -> Iterator[Message]:
-    """Split what one `recv` gave; ends at the first message that is not there as a whole."""
-    offset, end, unpack = 0, len(buffer), _HEADER.unpack_from
-    while offset + 16 <= end:
-        length, kind, flags, seq, _pid = unpack(buffer, offset)
-        if length < 16 or offset + length > end:
-            return
-        yield Message(kind, flags, seq, buffer[offset + 16 : offset + length])
-        offset += (length + 3) & ~3
-
-
-def message(kind: int, flags: int, seq: int, body: bytes) -> bytes:
-    """One message with its header; the body is a whole number of words."""
-    return _HEADER.pack(_HEADER.size + len(body), kind, flags | NLM_F_REQUEST, seq, 0) + body
-
-
-def attr(kind: int, payload: bytes) -> bytes:
-    """One attribute, padded to four bytes."""
-    length = _ATTR.size + len(payload)
-    return _ATTR.pack(length, kind) + payload + b"\0" * (-length % 4)
-
-
-def attrs(body: bytes, offset: int = 0) -> dict[int, bytes]:
-    """Read attributes, up to the first that is not there as a whole; of repeated ones the last stays.
-
-    The nested and byte-order flags are cut off.
-    """
-    found = {}
-    end, unpack = len(body), _ATTR.unpack_from
-    while offset + 4 <= end:
-        length, kind = unpack(body, offset)
-        stop = offset + length
-        if length < 4 or stop > end:
-            break
-        found[kind & 0x3FFF] = body[offset + 4 : stop]
-        offset = (stop + 3) & ~3
-    return found
-
-
-def u32(value: int) -> bytes:
-    return value.to_bytes(4, sys.byteorder)
-
-
-def error(message_: Message) -> tuple[int, str]:
-    """The errno (0 for an acknowledgement) and the kernel's own words of an NLMSG_ERROR."""
-    (code,) = struct.unpack_from("=i", message_.body)
-    text = ""
-    if message_.flags & NLM_F_ACK_TLVS:
-        (echoed,) = struct.unpack_from("=I", message_.body, 4)
-        offset = 4 + (_HEADER.size if message_.flags & NLM_F_CAPPED else (echoed + 3) & ~3)
-        text = attrs(message_.body, offset).get(1, b"").rstrip(b"\0").decode("utf-8", "replace")
-    return -code, text
-
-
 # ---- addresses and MACs
-
-
-def mac_bytes(mac: str) -> bytes:
-    return bytes.fromhex(mac.replace(":", ""))
-
-
-def mac_text(raw: bytes) -> str:
-    return raw.hex(":")
 
 
 def _family(address: str) -> int:

@@ -20,7 +20,7 @@ import struct
 from hashlib import blake2b
 from typing import NamedTuple
 
-from cni.net import netlink
+from cni.net import nlmsg
 from cni.net.ruleset import Family
 
 _NETLINK_NETFILTER = 12
@@ -57,7 +57,7 @@ _TABLES = {
 
 def nftables_generation() -> int | None:
     """The number of the last nf_tables transaction; None without permission or without nf_tables."""
-    request = netlink.message(_GET_GENERATION, 0, 1, bytes(_NFGENMSG_BYTES))
+    request = nlmsg.message(_GET_GENERATION, 0, 1, bytes(_NFGENMSG_BYTES))
     kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
     try:
         with socket.socket(socket.AF_NETLINK, kind, _NETLINK_NETFILTER) as sock:
@@ -71,8 +71,8 @@ def nftables_generation() -> int | None:
 
 def read_generation(answer: bytes) -> int | None:
     """The number in the kernel's answer; None if the answer is a refusal."""
-    for message in netlink.messages(answer):
-        number = netlink.attrs(message.body, _NFGENMSG_BYTES).get(_GENERATION_ID, b"")
+    for message in nlmsg.messages(answer):
+        number = nlmsg.attrs(message.body, _NFGENMSG_BYTES).get(_GENERATION_ID, b"")
         if message.kind == _NEW_GENERATION and len(number) == 4:
             return int.from_bytes(number, "big")
     return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-from cni.net import netlink
+from cni.net import netlink, nlmsg
 from cni.net.entries import Key
 
 POD_NIC = "pod-nic"
@@ -160,24 +160,24 @@ class PodLink(NamedTuple):
 
 def get_links() -> tuple[int, bytes]:
     """Ask for every link, without statistics."""
-    skip = netlink.attr(_IFLA_EXT_MASK, netlink.u32(_SKIP_STATS))
+    skip = nlmsg.attr(_IFLA_EXT_MASK, nlmsg.u32(_SKIP_STATS))
     return netlink.RTM_GETLINK, _IFINFO.pack(0, 0, 0, 0, 0) + skip
 
 
 def read_link(body: bytes) -> PodLink:
     """Decode one RTM_NEWLINK."""
     _af, _type, ifindex, flags, _change = _IFINFO.unpack_from(body)
-    found = netlink.attrs(body, _IFINFO.size)
-    info = netlink.attrs(found.get(_IFLA_LINKINFO, b""))
+    found = nlmsg.attrs(body, _IFINFO.size)
+    info = nlmsg.attrs(found.get(_IFLA_LINKINFO, b""))
     kind = info.get(_INFO_KIND, b"").rstrip(b"\0").decode()
-    data = netlink.attrs(info.get(_INFO_DATA, b"")) if kind == "tun" else {}
-    port = netlink.attrs(info.get(_INFO_SLAVE_DATA, b""))
+    data = nlmsg.attrs(info.get(_INFO_DATA, b"")) if kind == "tun" else {}
+    port = nlmsg.attrs(info.get(_INFO_SLAVE_DATA, b""))
     return PodLink(
         ifindex=ifindex,
         # The kernel takes nearly any bytes as a name; a link of somebody else must not stop us.
         name=found.get(_IFLA_IFNAME, b"").rstrip(b"\0").decode("utf-8", "backslashreplace"),
         mtu=struct.unpack("=I", found.get(_IFLA_MTU, b"\0\0\0\0"))[0],
-        mac=netlink.mac_text(found.get(_IFLA_ADDRESS, b"")),
+        mac=nlmsg.mac_text(found.get(_IFLA_ADDRESS, b"")),
         up=bool(flags & netlink.IFF_UP),
         arp=not flags & _IFF_NOARP,
         kind=kind,
@@ -192,13 +192,13 @@ Request = tuple[int, int, bytes]
 
 def make_bridge(bridge: Bridge) -> Request:
     """Create a bridge that forwards at once and to everybody: no spanning tree, no delay, no snooping."""
-    data = netlink.attr(_BR_FORWARD_DELAY, netlink.u32(0)) + netlink.attr(_BR_STP_STATE, netlink.u32(0))
-    data += netlink.attr(_BR_MCAST_SNOOPING, b"\0")
-    info = netlink.attr(_INFO_KIND, b"bridge\0") + netlink.attr(_INFO_DATA, data)
-    body = _IFINFO.pack(0, 0, 0, 0, 0) + netlink.attr(_IFLA_IFNAME, bridge.name.encode() + b"\0")
-    body += netlink.attr(_IFLA_ADDRESS, netlink.mac_bytes(bridge.mac))
-    body += netlink.attr(_IFLA_MTU, netlink.u32(bridge.mtu)) + netlink.attr(_IFLA_LINKINFO, info)
-    return netlink.RTM_NEWLINK, netlink.NLM_F_CREATE | netlink.NLM_F_EXCL, body
+    data = nlmsg.attr(_BR_FORWARD_DELAY, nlmsg.u32(0)) + nlmsg.attr(_BR_STP_STATE, nlmsg.u32(0))
+    data += nlmsg.attr(_BR_MCAST_SNOOPING, b"\0")
+    info = nlmsg.attr(_INFO_KIND, b"bridge\0") + nlmsg.attr(_INFO_DATA, data)
+    body = _IFINFO.pack(0, 0, 0, 0, 0) + nlmsg.attr(_IFLA_IFNAME, bridge.name.encode() + b"\0")
+    body += nlmsg.attr(_IFLA_ADDRESS, nlmsg.mac_bytes(bridge.mac))
+    body += nlmsg.attr(_IFLA_MTU, nlmsg.u32(bridge.mtu)) + nlmsg.attr(_IFLA_LINKINFO, info)
+    return netlink.RTM_NEWLINK, nlmsg.NLM_F_CREATE | nlmsg.NLM_F_EXCL, body
 
 
 def change(
@@ -216,21 +216,21 @@ def change(
     flags = (netlink.IFF_UP if up else 0) | (_IFF_NOARP if arp is False else 0)
     body = _IFINFO.pack(0, 0, ifindex, flags, mask)
     if name is not None:
-        body += netlink.attr(_IFLA_IFNAME, name.encode() + b"\0")
+        body += nlmsg.attr(_IFLA_IFNAME, name.encode() + b"\0")
     if mac is not None:
-        body += netlink.attr(_IFLA_ADDRESS, netlink.mac_bytes(mac))
+        body += nlmsg.attr(_IFLA_ADDRESS, nlmsg.mac_bytes(mac))
     if mtu is not None:
-        body += netlink.attr(_IFLA_MTU, netlink.u32(mtu))
+        body += nlmsg.attr(_IFLA_MTU, nlmsg.u32(mtu))
     if master is not None:
-        body += netlink.attr(_IFLA_MASTER, netlink.u32(master))
+        body += nlmsg.attr(_IFLA_MASTER, nlmsg.u32(master))
     return netlink.RTM_NEWLINK, 0, body
 
 
 def set_learning(ifindex: int, learning: bool) -> Request:
     """Whether the bridge learns from frames that come in by this port."""
-    data = netlink.attr(_BRPORT_LEARNING, bytes([learning]))
-    info = netlink.attr(_INFO_SLAVE_KIND, b"bridge\0") + netlink.attr(_INFO_SLAVE_DATA, data)
-    return netlink.RTM_NEWLINK, 0, _IFINFO.pack(0, 0, ifindex, 0, 0) + netlink.attr(_IFLA_LINKINFO, info)
+    data = nlmsg.attr(_BRPORT_LEARNING, bytes([learning]))
+    info = nlmsg.attr(_INFO_SLAVE_KIND, b"bridge\0") + nlmsg.attr(_INFO_SLAVE_DATA, data)
+    return netlink.RTM_NEWLINK, 0, _IFINFO.pack(0, 0, ifindex, 0, 0) + nlmsg.attr(_IFLA_LINKINFO, info)
 
 
 def delete(ifindex: int) -> Request:

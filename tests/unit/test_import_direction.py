@@ -21,6 +21,7 @@ PURE = frozenset(
         "cni.net.entries",
         "cni.net.fake",
         "cni.net.netlink",
+        "cni.net.nlmsg",
         "cni.net.plan",
         "cni.net.podlinks",
         "cni.net.ruleset",

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cni.net import netlink
+from cni.net import netlink, nlmsg
 from cni.net.entries import Address, Blackhole, Entry, FdbEntry, Link, Neighbour, Route, Vxlan
 from cni.net.kernel import as_link, as_neighbour, as_route
-from cni.net.netlink import Message
+from cni.net.nlmsg import Message
 
 LINK, UNDERLAY = "flannel.1", "eth0"
 INDEXES = {LINK: 7, UNDERLAY: 2}
@@ -66,7 +66,7 @@ entries: st.SearchStrategy[Entry] = st.one_of(on_links, blackholes)
 def sent(entry: Entry) -> Message:
     """The message that would create the entry, as the kernel gets it."""
     kind, flags, body = netlink.put(entry, {**INDEXES, entry.link: 7})
-    [message] = netlink.messages(netlink.message(kind, flags, 1, body))
+    [message] = nlmsg.messages(nlmsg.message(kind, flags, 1, body))
     return message
 
 
@@ -130,10 +130,10 @@ def test_the_c_librarys_own_forms_are_not_ours(text: str) -> None:
 @given(entries)
 def test_a_message_is_as_long_as_it_says_and_aligned(entry: Entry) -> None:
     kind, flags, body = netlink.put(entry, {**INDEXES, entry.link: 7})
-    raw = netlink.message(kind, flags, 99, body)
+    raw = nlmsg.message(kind, flags, 99, body)
     length, found_kind, found_flags, seq, pid = struct.unpack_from("=IHHII", raw)
     assert (length, found_kind, seq, pid) == (len(raw), kind, 99, 0)
-    assert found_flags == flags | netlink.NLM_F_REQUEST
+    assert found_flags == flags | nlmsg.NLM_F_REQUEST
     assert len(raw) % 4 == 0
 
 
@@ -181,7 +181,7 @@ def test_changing_a_link_sends_only_what_differs() -> None:
     ):
         kind, flags, body = netlink.put(link, INDEXES, have)
         assert (kind, flags) == (netlink.RTM_NEWLINK, 0)
-        assert set(netlink.attrs(body, 16)) == present
+        assert set(nlmsg.attrs(body, 16)) == present
         assert netlink.read_link(body).ifindex == 7
 
 
@@ -196,7 +196,7 @@ def test_a_neighbour_that_is_not_permanent_is_no_entry() -> None:
 @pytest.mark.parametrize("flags", [0x04, 0x02])  # NTF_MASTER, NTF_SELF
 def test_an_fdb_entry_that_mirrors_a_bridge_is_no_entry(flags: int) -> None:
     body = struct.pack("=BxxxiHBB", netlink.AF_BRIDGE, 7, netlink.NUD_PERMANENT, flags, 0)
-    body += netlink.attr(2, netlink.mac_bytes("02:00:00:00:00:02")) + netlink.attr(9, netlink.u32(3))
+    body += nlmsg.attr(2, nlmsg.mac_bytes("02:00:00:00:00:02")) + nlmsg.attr(9, nlmsg.u32(3))
     assert as_neighbour(netlink.read_neighbour(body), LINK) is None
 
 
@@ -207,14 +207,14 @@ def test_an_fdb_entry_of_another_table_is_no_entry() -> None:
 
 def test_an_ipv4_route_through_an_ipv6_gateway_has_a_gateway() -> None:
     body = sent(Route(LINK, "10.0.0.0/8", "")).body
-    body += netlink.attr(18, struct.pack("=H", 10) + IPv6Address("fe80::1").packed)  # RTA_VIA
+    body += nlmsg.attr(18, struct.pack("=H", 10) + IPv6Address("fe80::1").packed)  # RTA_VIA
     assert netlink.read_route(body).via == "fe80::1"
 
 
 @pytest.mark.parametrize("raw", [b"\xff\xfe", "höst".encode("latin-1"), b"a\xc3"])
 def test_a_link_name_need_not_be_utf8(raw: bytes) -> None:
     """The kernel forbids only NUL, slash, colon and space in names."""
-    body = struct.pack("=BxHiII", 0, 1, 9, 0, 0) + netlink.attr(3, raw + b"\0")
+    body = struct.pack("=BxHiII", 0, 1, 9, 0, 0) + nlmsg.attr(3, raw + b"\0")
     found = netlink.read_link(body)
     assert found.ifindex == 9
     found.name.encode("utf-8")
@@ -226,80 +226,85 @@ HEADER = struct.pack("=IHHII", 20, netlink.RTM_NEWROUTE, 5, 42, 0)
 
 
 def answer(code: int, flags: int, echoed: bytes, tlvs: bytes = b"") -> Message:
-    return Message(netlink.NLMSG_ERROR, flags, 42, struct.pack("=i", code) + echoed + tlvs)
+    return Message(nlmsg.NLMSG_ERROR, flags, 42, struct.pack("=i", code) + echoed + tlvs)
 
 
 def test_an_acknowledgement_is_errno_0() -> None:
-    assert netlink.error(answer(0, netlink.NLM_F_CAPPED, HEADER)) == (0, "")
+    assert nlmsg.error(answer(0, nlmsg.NLM_F_CAPPED, HEADER)) == (0, "")
 
 
 def test_an_error_without_words() -> None:
-    assert netlink.error(answer(-errno.EEXIST, 0, HEADER + b"body")) == (errno.EEXIST, "")
+    assert nlmsg.error(answer(-errno.EEXIST, 0, HEADER + b"body")) == (errno.EEXIST, "")
 
 
-WORDS = netlink.attr(1, b"Device does not exist\0")  # NLMSGERR_ATTR_MSG
-OFFSET = netlink.attr(2, netlink.u32(28))  # NLMSGERR_ATTR_OFFS
+WORDS = nlmsg.attr(1, b"Device does not exist\0")  # NLMSGERR_ATTR_MSG
+OFFSET = nlmsg.attr(2, nlmsg.u32(28))  # NLMSGERR_ATTR_OFFS
 
 
 @pytest.mark.parametrize("tlvs", [WORDS, OFFSET + WORDS, WORDS + OFFSET])
 def test_the_kernels_own_words_are_found(tlvs: bytes) -> None:
-    capped = netlink.NLM_F_CAPPED | netlink.NLM_F_ACK_TLVS
+    capped = nlmsg.NLM_F_CAPPED | nlmsg.NLM_F_ACK_TLVS
     expected = (errno.ENODEV, "Device does not exist")
-    assert netlink.error(answer(-errno.ENODEV, capped, HEADER, tlvs)) == expected
+    assert nlmsg.error(answer(-errno.ENODEV, capped, HEADER, tlvs)) == expected
     # An answer that is not capped repeats the whole request, padded, before the words.
     whole = struct.pack("=IHHII", 18, netlink.RTM_NEWROUTE, 5, 42, 0) + b"ab\0\0"
-    assert netlink.error(answer(-errno.ENODEV, netlink.NLM_F_ACK_TLVS, whole, tlvs)) == expected
+    assert nlmsg.error(answer(-errno.ENODEV, nlmsg.NLM_F_ACK_TLVS, whole, tlvs)) == expected
 
 
 def test_words_that_are_no_utf8_do_not_hurt() -> None:
-    capped = netlink.NLM_F_CAPPED | netlink.NLM_F_ACK_TLVS
-    code, text = netlink.error(answer(-1, capped, HEADER, netlink.attr(1, b"\xff\0")))
+    capped = nlmsg.NLM_F_CAPPED | nlmsg.NLM_F_ACK_TLVS
+    code, text = nlmsg.error(answer(-1, capped, HEADER, nlmsg.attr(1, b"\xff\0")))
     assert (code, text) == (1, "\ufffd")
 
 
 # ---- what is cut off, and garbage
 
 
+def fields(entry: Entry) -> tuple[int, int, int, bytes]:
+    message = sent(entry)
+    return message.kind, message.flags, message.seq, message.body
+
+
 @given(st.lists(entries, min_size=1, max_size=4), st.data())
 def test_a_cut_buffer_gives_the_messages_before_the_cut(found: list[Entry], data: st.DataObject) -> None:
-    whole = [netlink.message(*sent(entry)) for entry in found]
+    whole = [nlmsg.message(*fields(entry)) for entry in found]
     buffer = b"".join(whole)
     cut = data.draw(st.integers(0, len(buffer)))
     ends = [sum(map(len, whole[: n + 1])) for n in range(len(whole))]
-    got = [message.body for message in netlink.messages(buffer[:cut])]
+    got = [message.body for message in nlmsg.messages(buffer[:cut])]
     assert got == [sent(entry).body for entry, end in zip(found, ends, strict=True) if end <= cut]
 
 
 @given(st.binary(max_size=200))
 def test_any_buffer_of_messages_ends(buffer: bytes) -> None:
-    assert sum(16 + len(message.body) for message in netlink.messages(buffer)) <= len(buffer)
+    assert sum(16 + len(message.body) for message in nlmsg.messages(buffer)) <= len(buffer)
 
 
 @given(st.binary(max_size=200), st.integers(0, 50))
 def test_any_buffer_of_attributes_ends(buffer: bytes, offset: int) -> None:
-    assert all(value in buffer for value in netlink.attrs(buffer, offset).values())
+    assert all(value in buffer for value in nlmsg.attrs(buffer, offset).values())
 
 
 @given(st.dictionaries(st.integers(1, 0x3FFF), st.binary(max_size=20), max_size=5), st.data())
 def test_cut_attributes_are_those_before_the_cut(wanted: dict[int, bytes], data: st.DataObject) -> None:
-    encoded = {kind: netlink.attr(kind, payload) for kind, payload in wanted.items()}
+    encoded = {kind: nlmsg.attr(kind, payload) for kind, payload in wanted.items()}
     buffer = b"".join(encoded.values())
-    assert netlink.attrs(buffer) == wanted
+    assert nlmsg.attrs(buffer) == wanted
     cut = data.draw(st.integers(0, len(buffer)))
-    got = netlink.attrs(buffer[:cut])
+    got = nlmsg.attrs(buffer[:cut])
     assert list(got.items()) == list(wanted.items())[: len(got)]
 
 
 @given(st.integers(0, 0x3FFF), st.binary(max_size=8))
 def test_the_flags_of_an_attribute_are_not_part_of_its_kind(kind: int, payload: bytes) -> None:
     for flag in (0x8000, 0x4000, 0xC000):
-        assert netlink.attrs(netlink.attr(kind | flag, payload)) == {kind: payload}
+        assert nlmsg.attrs(nlmsg.attr(kind | flag, payload)) == {kind: payload}
 
 
 @given(entries, st.data())
 def test_a_length_of_zero_does_not_loop(entry: Entry, data: st.DataObject) -> None:
-    raw = bytearray(netlink.message(*sent(entry)))
+    raw = bytearray(nlmsg.message(*fields(entry)))
     short = data.draw(st.integers(0, 15))
     struct.pack_into("=I", raw, 0, short)
-    assert list(netlink.messages(bytes(raw))) == []
-    assert netlink.attrs(struct.pack("=HH", short % 4, 1) + bytes(raw)) == {}
+    assert list(nlmsg.messages(bytes(raw))) == []
+    assert nlmsg.attrs(struct.pack("=HH", short % 4, 1) + bytes(raw)) == {}

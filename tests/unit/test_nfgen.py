@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cni.net import netlink
+from cni.net import nlmsg
 from cni.net.nfgen import blank_counters, read_generation
 from cni.net.ruleset import Family
 
@@ -17,7 +17,7 @@ ANSWER = bytes.fromhex(
     "300000000f0a0000010000008f3e0000000000010800010000003e8f080002000000 3e8f0c000300707974686f6e3300"
 )
 # An NLMSG_ERROR with -EPERM.
-REFUSAL = netlink.message(netlink.NLMSG_ERROR, 0, 1, struct.pack("=i", -1) + bytes(16))
+REFUSAL = nlmsg.message(nlmsg.NLMSG_ERROR, 0, 1, struct.pack("=i", -1) + bytes(16))
 
 # Bytes before next_offset, before the counters, and in all, of struct ipt_entry and ip6t_entry.
 LAYOUT = {Family.IPV4: (90, 96, 112), Family.IPV6: (142, 152, 168)}
@@ -33,10 +33,8 @@ def test_the_generation_is_read_from_the_kernels_answer() -> None:
         pytest.param(b"", id="nothing"),
         pytest.param(REFUSAL, id="refusal"),
         pytest.param(ANSWER[:20], id="cut"),
-        pytest.param(netlink.message(10 << 8 | 15, 0, 1, bytes(4)), id="no attribute"),
-        pytest.param(
-            netlink.message(10 << 8 | 15, 0, 1, bytes(4) + netlink.attr(1, b"\1")), id="short number"
-        ),
+        pytest.param(nlmsg.message(10 << 8 | 15, 0, 1, bytes(4)), id="no attribute"),
+        pytest.param(nlmsg.message(10 << 8 | 15, 0, 1, bytes(4) + nlmsg.attr(1, b"\1")), id="short number"),
         pytest.param(ANSWER[:4] + b"\x10\x0a" + ANSWER[6:], id="another message"),
     ],
 )
