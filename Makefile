@@ -7,7 +7,7 @@ SHELL := /bin/bash
 PYTHON ?= /usr/bin/python3
 VENV := .venv
 PY := $(VENV)/bin/python
-SOURCES := $(shell find cni flanneld launcher packaging -name '*.py' -o -name '*.spec') pyproject.toml
+SOURCES := $(shell find cni flanneld launcher packaging -name '*.py' -o -name '*.spec' -o -name '*.c') pyproject.toml
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14

@@ -12,9 +12,10 @@ from pathlib import Path
 from threading import Event
 
 from cni import __version__
-from cni.errors import NetworkError
+from cni.errors import ConfigError, NetworkError
 from cni.net.kernel import NetlinkKernel
 from flanneld import flags, log, snapshot, startup
+from flanneld.cniserver import CniServer
 from flanneld.daemon import Daemon, Outcome
 from flanneld.flags import Options
 from flanneld.health import HealthServer, Readiness
@@ -91,6 +92,8 @@ def serve(
     lock = lock_subnet_file(Path(options.subnet_file))
     known: NodeState | None = None
     pause_s = 0.0
+    # Before the store answers: subnet.env, which the plugins work from, may be there from an earlier start.
+    cni_server = serve_cni(options)
     try:
         while True:
             began, stop = time.monotonic(), termination.fresh()
@@ -110,7 +113,23 @@ def serve(
             stop_pause.wait(startup.spread(pause_s))
             pause_s = min(max(_START_PAUSE_FIRST_S, pause_s * 2), _START_PAUSE_LAST_S)
     finally:
+        if cni_server is not None:
+            cni_server.close()
         os.close(lock)
+
+
+def serve_cni(options: Options) -> CniServer | None:
+    """The server of CNI calls, None if it is switched off or its socket cannot be made.
+
+    That is no reason to end: the plugin then does the work itself.
+    """
+    if not options.cni_socket:
+        return None
+    try:
+        return CniServer(options.cni_socket)
+    except ConfigError as exc:
+        logger.error("CNI calls are left to the plugin, where each takes longer: %s", exc)
+        return None
 
 
 def serve_with_probes(options: Options, environ: Mapping[str, str], termination: Termination) -> int:

@@ -254,6 +254,12 @@ class Options:
     state_dir: str = field(
         default="/var/lib/flannel", metadata=_flag(_TEXT, "directory for what must outlive a restart")
     )
+    cni_socket: str = field(
+        default="/run/flannel/cni.sock",
+        metadata=_flag(
+            _TEXT, "socket at which calls of the CNI plugin are served; empty leaves them to the plugin"
+        ),
+    )
     etcd_asked: bool = False
     """Whether --etcd-endpoints was given, by flag or variable, even with its default."""
 

@@ -1,4 +1,8 @@
-"""Freeze the programs: dist/cni-bin (the CNI plugin) and dist/bin (flanneld, flannelctl).
+"""Build the programs: dist/cni-bin (the CNI plugins) and dist/bin (flanneld, flannelctl, virt-launcher).
+
+    dist/cni-bin/flannel              the shim, a static executable; without a C compiler a link to the next
+    dist/cni-bin/flannel-lib/flannel  the plugins frozen, for when the daemon does not serve
+    dist/cni-bin/optional/*           the other names that the same executable answers to
 
 Each folder is complete: copied anywhere it runs without Python on the machine. The executables keep
 their libraries in one folder beside them, so that they start without unpacking anything.
@@ -15,6 +19,9 @@ PACKAGING = Path(__file__).resolve().parent
 ROOT = PACKAGING.parent
 BUILD = ROOT / "build"
 DIST = ROOT / "dist"
+PLUGINS = DIST / "cni-bin"
+OPTIONAL = ("bridge", "host-local", "portmap", "loopback")
+COMPILE = ("-static", "-O2", "-Wall", "-Wextra", "-Werror", "-s")
 
 
 def freeze(spec: str, folder: str) -> None:
@@ -32,13 +39,42 @@ def freeze(spec: str, folder: str) -> None:
         sys.exit(f"{done.stdout}error: freezing {spec}.spec failed with status {done.returncode}")
     target = DIST / folder
     shutil.rmtree(target, ignore_errors=True)
-    DIST.mkdir(exist_ok=True)
-    (made / folder).replace(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    (made / target.name).replace(target)
+
+
+def compile_shim() -> None:
+    """Put the shim at dist/cni-bin/flannel, or the frozen plugin where there is no C compiler.
+
+    Raises SystemExit with the compiler's own words when it fails.
+    """
+    target = PLUGINS / "flannel"
+    target.unlink(missing_ok=True)
+    compiler = shutil.which("cc")
+    if compiler is None:
+        print("no C compiler (Debian package gcc): no shim, each call starts the frozen plugin")
+        target.symlink_to("flannel-lib/flannel")
+        return
+    command = [compiler, *COMPILE, "-o", str(target), str(ROOT / "cni" / "shim" / "shim.c")]
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        sys.exit(f"{done.stdout}error: compiling the shim failed with status {done.returncode}")
+
+
+def link_names() -> None:
+    """The other plugins' names, apart from `flannel`: nobody's own plugins are replaced unasked."""
+    folder = PLUGINS / "optional"
+    folder.mkdir(exist_ok=True)
+    for name in OPTIONAL:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to("../flannel")
 
 
 def main() -> None:
     """Build both folders."""
-    freeze("flannel", "cni-bin")
+    freeze("flannel", "cni-bin/flannel-lib")
+    compile_shim()
+    link_names()
     freeze("flanneld", "bin")
 
 

@@ -25,6 +25,9 @@ _HEADER = struct.Struct("=IHHII")
 _ATTR = struct.Struct("=HH")
 
 
+Request = tuple[int, int, bytes]  # message type, flags, body
+
+
 class Message:
     """One netlink message; `body` starts behind the header."""
 

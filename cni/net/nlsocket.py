@@ -19,13 +19,13 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from cni.net.nlmsg import Request
+
 _AF_NETLINK, _SOCK_RAW, _SOCK_CLOEXEC = 16, 3, 0o2000000
 ROUTE, NETFILTER = 0, 12  # protocols
 _SOL_NETLINK, _CAP_ACK, _EXT_ACK, _STRICT = 270, 10, 11, 12
 _RECEIVE_BYTES = 1 << 18
 _MAX_INTERRUPTED_DUMPS = 20
-
-Request = tuple[int, int, bytes]  # message type, flags, body
 
 
 class Answer:
@@ -72,6 +72,8 @@ class NetlinkSocket:
 
     def transact(self, requests: Sequence[Request]) -> list[Answer]:
         """Send all, then read one answer for each. A request that is refused does not keep back the next."""
+        if not requests:
+            return []
         first = self._sequence + 1
         self._sequence += len(requests)
         data = [
@@ -97,6 +99,29 @@ class NetlinkSocket:
     def request(self, kind: int, flags: int, body: bytes) -> Answer:
         """`transact` for one."""
         return self.transact([(kind, flags, body)])[0]
+
+    def batch(self, begin: Request, requests: Sequence[Request], end: Request) -> list[tuple[int, Answer]]:
+        """Send requests that are carried out together or not at all, between the messages that say so.
+
+        Answers by place: 0 is the batch as a whole, the requests are counted from 1. Only the last request
+        asks for an acknowledgement, which the kernel sends behind all refusals; of the messages around the
+        requests new kernels alone send one (linux/netfilter/nfnetlink.h).
+        """
+        first = self._sequence + 1
+        last = first + len(requests)
+        self._sequence = last + 1
+        data = [nlmsg.message(begin[0], begin[1], first, begin[2])]
+        for seq, (kind, flags, body) in enumerate(requests, first + 1):
+            data.append(nlmsg.message(kind, flags | (NLM_F_ACK if seq == last else 0), seq, body))
+        data.append(nlmsg.message(end[0], end[1], last + 1, end[2]))
+        self._send(b"".join(data))
+        found: list[tuple[int, Answer]] = []
+        while not (found and found[-1][0] in (0, len(requests))):
+            for message in nlmsg.messages(self._receive()):
+                place = message.seq - first
+                if message.kind == NLMSG_ERROR and 0 <= place <= len(requests):
+                    found.append((place, Answer(*nlmsg.error(message), [])))
+        return found
 
     def dump(self, kind: int, body: bytes) -> list[Message]:
         """A whole table; one that changed while it was read is read again. Raises KernelError."""

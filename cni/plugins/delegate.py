@@ -20,6 +20,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from cni.host import Host
+
 _LARGEST_STDOUT_BYTES = 16 << 20
 _LARGEST_STDERR_BYTES = 64 << 10
 _LONGEST_QUOTE = 400
@@ -30,6 +32,10 @@ _SIGPIPE, _SIGXFSZ, _SIGKILL = 13, 25, 9
 
 class DelegateMissing(CniError):
     """No executable of that type is in CNI_PATH."""
+
+
+class CannotExecute(CniError):
+    """The executable is there, but the kernel cannot start it."""
 
 
 class DelegateRefused(CniError):
@@ -59,6 +65,18 @@ def find(kind: str, directories: list[str]) -> str:
             return path
     places = " ".join(directories)
     raise DelegateMissing(INTERNAL, f"failed to find plugin {gojson.dumps(kind)} in path [{places}]")
+
+
+def execute(host: Host, kind: str, path: str, environment: Mapping[str, str], stdin: bytes) -> bytes:
+    """stdout of the plugin `kind` at `path`; its stderr goes to the log. Raises CniError."""
+    try:
+        outcome = run(path, environment, stdin)
+    except OSError as exc:
+        reason = (exc.strerror or str(exc)).lower()
+        raise CannotExecute(INTERNAL, f"netplugin failed: cannot execute {path}: {reason}") from None
+    if outcome.stderr:
+        host.note(outcome.stderr.decode("utf-8", "replace").rstrip("\n"))
+    return answer(kind, path, outcome)
 
 
 def run(path: str, environment: Mapping[str, str], stdin: bytes) -> Outcome:

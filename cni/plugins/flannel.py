@@ -13,76 +13,71 @@ failed ADD is undone. A failed DEL keeps the scratch file. A lost or broken scra
 stdin, subnet.env and host-local's store. A delegate older than the requested version is run with the newest
 version that it knows. CHECK, STATUS and GC reach the delegate.
 
+`delegateMode` of the netconf says who the delegate is: `exec` the executable in CNI_PATH, `builtin` our own
+`bridge` in this process, `auto` (the default) that one if it knows every key of the delegate's configuration.
+
 Source: CNI 1.1.0, "Section 4: Plugin Delegation"; upstream flannel-io/cni-plugin.
 """
 
 from __future__ import annotations
 
-import os
-
-from cni import __version__
 from cni.errors import (
     DECODING_FAILURE,
     INCOMPATIBLE_VERSION,
     INTERNAL,
+    INVALID_CONFIG,
     INVALID_ENVIRONMENT,
     NOT_AVAILABLE,
     CniError,
 )
 from cni.plugins import delegate, subnetenv
+from cni.plugins.about import about
+from cni.plugins.bridgeconf import KEYS as BRIDGE_KEYS
 from cni.plugins.scratch import Scratch, reservations
 from cni.spec import gojson, result, version
 from cni.spec.address import parse_cidr
 from cni.spec.netconf import VALID_ATTACHMENTS, NetConf
+from cni.spec.request import Request
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from cni.host import Host
 
-    from cni.spec.request import Request
+    Made = bytes | gojson.Object  # a result, as a delegate printed it or as ours returned it
 
 # host-local's DEL finds reservations by their content, but wants some valid range: TEST-NET-1 of RFC 5737.
 _ANY_SUBNET = "192.0.2.0/24"
 _USUAL_IFNAME = "eth0"
-_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386"}
+_AUTO, _BUILT_IN, _EXEC = "auto", "builtin", "exec"
 
 
 class Flannel:
-    """The plugin. `note` takes lines for the runtime's log; `run` executes a delegate."""
+    """The plugin, for one call."""
 
-    __slots__ = ("_note", "_run")
+    __slots__ = ("_host", "_mode")
 
-    def __init__(
-        self,
-        note: Callable[[str], None],
-        run: Callable[[str, Mapping[str, str], bytes], delegate.Outcome] = delegate.run,
-    ) -> None:
-        self._note = note
-        self._run = run
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._mode = _AUTO
 
     @property
     def about(self) -> str:
-        machine = os.uname().machine
-        return f"CNI Plugin flannel version {__version__} (linux/{_ARCHITECTURES.get(machine, machine)})"
+        return about("flannel")
 
     def owns_netns(self, path: str) -> bool:
-        """Whether `path` is the namespace that this thread runs in; False if it cannot be told."""
-        try:
-            theirs, ours = os.stat(path), os.stat("/proc/thread-self/ns/net")
-        except OSError:
-            return False
-        return (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino)
+        """Whether `path` is the namespace that the runtime itself runs in."""
+        return self._host.shares_netns(path)
 
     def add(self, request: Request) -> gojson.Object:
         """Attach, and return the result in the requested version; undone if it fails. Raises CniError."""
-        conf = _netconf(request, "failed to load flannel netconf file: ")
-        config = delegate_config(conf, subnetenv.load(conf.subnet_file))
+        conf = self._netconf(request, "failed to load flannel netconf file: ")
+        config = delegate_config(conf, subnetenv.load(self._host.files, conf.subnet_file))
         self._find(request, config)
-        scratch = Scratch(conf.data_dir)
+        scratch = Scratch(self._host, conf.data_dir)
         existed = scratch.load(request.container_id, request.ifname) is not None
         try:
-            used, stdout = self._add(request, config, None if existed else scratch)
-            made = _convert(stdout, _version_of(used), conf.version or version.ABSENT)
+            used, printed = self._add(request, config, None if existed else scratch)
+            made = _convert(printed, _version_of(used), conf.version or version.ABSENT)
         except CniError as exc:
             # An ADD of what is already attached fails, and undoing it would tear down a live interface.
             if not existed and not _was_there(exc):
@@ -94,19 +89,20 @@ class Flannel:
 
     def delete(self, request: Request) -> None:
         """Detach; a repeated DEL succeeds. Raises CniError, and then keeps the scratch file for a retry."""
-        conf = _netconf(request)
-        scratch = Scratch(conf.data_dir)
+        conf = self._netconf(request)
+        scratch = Scratch(self._host, conf.data_dir)
         saved = scratch.load(request.container_id, request.ifname)
         if saved is None:
             self._sweep(request, conf)
-            return
-        self._detach(request, conf, saved)
+        else:
+            self._detach(request, conf, saved)
+        # Also what an ADD that was killed had begun to write.
         scratch.remove(request.container_id, request.ifname)
 
     def check(self, request: Request) -> None:
         """Have the delegate check the attachment against prevResult. Raises CniError."""
-        conf = _netconf(request)
-        saved = Scratch(conf.data_dir).load(request.container_id, request.ifname)
+        conf = self._netconf(request)
+        saved = Scratch(self._host, conf.data_dir).load(request.container_id, request.ifname)
         config = None if saved is None else _saved_config(saved)
         if config is None:
             fault = "there is no scratch file" if saved is None else "the scratch file is broken"
@@ -125,9 +121,9 @@ class Flannel:
 
     def status(self, request: Request) -> None:
         """Whether an ADD could work: subnet.env and the delegate are there. Raises CniError (50 if not)."""
-        conf = _netconf(request)
+        conf = self._netconf(request)
         try:
-            env = subnetenv.load(conf.subnet_file)
+            env = subnetenv.load(self._host.files, conf.subnet_file)
         except CniError as exc:
             raise CniError(NOT_AVAILABLE, exc.msg) from None
         try:
@@ -137,7 +133,7 @@ class Flannel:
 
     def gc(self, request: Request) -> None:
         """Detach what the runtime no longer knows, then the delegate's GC; failures are raised at the end."""
-        conf = _netconf(request)
+        conf = self._netconf(request)
         failures: list[str] = []
         if conf.valid_attachments is not None:
             failures += self._collect(request, conf, conf.valid_attachments)
@@ -154,10 +150,10 @@ class Flannel:
 
     def _add(
         self, request: Request, config: gojson.Object, scratch: Scratch | None
-    ) -> tuple[gojson.Object, bytes]:
-        """Run the delegate's ADD, saving its configuration first if `scratch` is given; (used, stdout)."""
+    ) -> tuple[gojson.Object, Made]:
+        """Run the delegate's ADD, saving its configuration first if `scratch` is given; (used, result)."""
 
-        def attempt(config: gojson.Object) -> tuple[gojson.Object, bytes]:
+        def attempt(config: gojson.Object) -> tuple[gojson.Object, Made]:
             data = _encode(config)
             if scratch is not None:
                 scratch.save(request.container_id, request.ifname, data)
@@ -177,16 +173,19 @@ class Flannel:
                 self._delegate(request, "DEL", config, saved)
                 scratch.remove(request.container_id, request.ifname)
         except CniError as exc:
-            self._note(f"flannel: undoing the failed ADD failed too, DEL will do it: {exc}")
+            self._host.note(f"flannel: undoing the failed ADD failed too, DEL will do it: {exc}")
 
     def _detach(self, request: Request, conf: NetConf, saved: bytes) -> None:
         """Run the delegate's DEL with the saved bytes, or with a rebuilt configuration if they are broken."""
         config = _saved_config(saved)
         if config is None:
             attachment = f"{request.container_id} {request.ifname}"
-            self._note(f"flannel: the scratch file of {attachment} is broken, using stdin and subnet.env")
+            text = f"flannel: the scratch file of {attachment} is broken, using stdin and subnet.env"
+            self._host.note(text)
             config = self._rebuilt(conf)
             saved = _encode(config)
+        if conf.prev_result is not None and self._is_builtin(config):
+            saved = _encode({**config, "prevResult": conf.prev_result})
         try:
             self._delegate(request, "DEL", config, saved)
         except delegate.DelegateRefused as exc:
@@ -198,19 +197,28 @@ class Flannel:
 
         Best effort: what fails is noted, and the DEL succeeds as upstream's does.
         """
-        attachment = (request.container_id, request.ifname)
-        held = {attachment, (request.container_id, "")}.intersection(reservations(conf.store))
-        if not held:
+        if not conf.store or not self._holds_address(request, conf):
             return
-        self._note(f"flannel: no scratch file of {' '.join(attachment)}, but an address in {conf.store}")
+        attachment = f"{request.container_id} {request.ifname}"
+        self._host.note(f"flannel: no scratch file of {attachment}, but an address in {conf.store}")
         try:
             self._detach(request, conf, _encode(self._rebuilt(conf)))
         except CniError as exc:
-            self._note(f"flannel: releasing it failed: {exc}")
+            self._host.note(f"flannel: releasing it failed: {exc}")
+
+    def _holds_address(self, request: Request, conf: NetConf) -> bool:
+        from cni.plugins.ipam import Ipam
+
+        asked = Request({**request.environment, "CNI_COMMAND": "CHECK"}, _encode(self._rebuilt(conf)))
+        try:
+            Ipam(self._host, "host-local", asked).check()
+        except CniError:
+            return False
+        return True
 
     def _collect(self, request: Request, conf: NetConf, valid: frozenset[tuple[str, str]]) -> list[str]:
         """Detach every attachment of this network that is not in `valid`; returns what failed."""
-        scratch = Scratch(conf.data_dir)
+        scratch = Scratch(self._host, conf.data_dir)
         live_containers = {container_id for container_id, _ in valid}
         failures = []
         for container_id, ifname, saved in scratch.saved():
@@ -219,7 +227,7 @@ class Flannel:
             if live or config is None or config.get("name") != conf.name:
                 continue
             try:
-                for name in [ifname] if ifname else _ifnames(conf, container_id):
+                for name in [ifname] if ifname else _ifnames(self._host, conf, container_id):
                     self._detach(request.for_attachment("DEL", container_id, name), conf, saved)
                 scratch.remove(container_id, ifname)
             except CniError as exc:
@@ -229,9 +237,9 @@ class Flannel:
     def _rebuilt(self, conf: NetConf) -> gojson.Object:
         """The delegate's configuration from stdin and subnet.env; without the file, enough of it for DEL."""
         try:
-            env = subnetenv.load(conf.subnet_file)
+            env = subnetenv.load(self._host.files, conf.subnet_file)
         except CniError as exc:
-            self._note(f"flannel: going on without subnet.env: {exc}")
+            self._host.note(f"flannel: going on without subnet.env: {exc}")
             env = subnetenv.SubnetEnv([], [parse_cidr(_ANY_SUBNET)], 0, ipmasq=True)
         return delegate_config(conf, env)
 
@@ -258,31 +266,79 @@ class Flannel:
         """What the delegate answers to VERSION; nothing if it does not."""
         question: gojson.Object = {"cniVersion": _version_of(config)}
         try:
-            record = gojson.load_object(self._delegate(request, "VERSION", config, _encode(question)))
+            said = self._delegate(request, "VERSION", config, _encode(question))
+            record = gojson.load_object(said) if isinstance(said, bytes) else said
             offered: list[object] = gojson.typed(record, "supportedVersions", list, [])
         except (CniError, gojson.GoJsonError) as exc:
-            self._note(f"flannel: the delegate did not tell its versions: {exc}")
+            self._host.note(f"flannel: the delegate did not tell its versions: {exc}")
             return []
         return [one for one in offered if isinstance(one, str)]
 
     def _find(self, request: Request, config: gojson.Object, command: str = "ADD") -> str:
+        """Path of what has to be executed, empty for nothing; raises CniError, and Declined in the daemon."""
+        kind = str(config["type"])
+        if self._is_builtin(config):
+            ipam = config.get("ipam")
+            kind = str(ipam.get("type", "")) if isinstance(ipam, dict) else ""
+            if kind in ("", "host-local"):
+                return ""
         try:
-            return delegate.find(str(config["type"]), request.path)
+            return self._host.find_program(kind, request.path)
         except CniError as exc:
             raise type(exc)(exc.code, f"failed to delegate {command.lower()}: {exc.msg}") from None
 
-    def _delegate(self, request: Request, command: str, config: gojson.Object, stdin: bytes) -> bytes:
-        """Run the delegate that `config` names, and return its stdout; raises CniError."""
-        path = self._find(request, config, command)
+    def _is_builtin(self, config: gojson.Object) -> bool:
+        """Whether our own bridge is the delegate for this configuration; raises CniError 7."""
+        if self._mode == _EXEC:
+            return False
+        if config["type"] == "bridge":
+            return self._mode == _BUILT_IN or all(name.lower() in BRIDGE_KEYS for name in config)
+        if self._mode == _BUILT_IN:
+            kind = gojson.dumps(config["type"])
+            text = f"delegateMode is builtin, but of the delegates only bridge is built in, not {kind}"
+            raise CniError(INVALID_CONFIG, text)
+        return False
+
+    def _delegate(self, request: Request, command: str, config: gojson.Object, stdin: bytes) -> Made:
+        """Have the delegate that `config` names do `command`; its result, if any. Raises CniError."""
+        environment = {**request.environment, "CNI_COMMAND": command}
+        if self._is_builtin(config):
+            return self._call_builtin(Request(environment, stdin))
+        kind, path = str(config["type"]), self._find(request, config, command)
         try:
-            outcome = self._run(path, {**request.environment, "CNI_COMMAND": command}, stdin)
-        except OSError as exc:
-            reason = (exc.strerror or str(exc)).lower()
-            text = f"failed to delegate {command.lower()}: netplugin failed: cannot execute {path}: {reason}"
-            raise CniError(INTERNAL, text) from None
-        if outcome.stderr:
-            self._note(outcome.stderr.decode("utf-8", "replace").rstrip("\n"))
-        return delegate.answer(str(config["type"]), path, outcome)
+            return delegate.execute(self._host, kind, path, environment, stdin)
+        except delegate.CannotExecute as exc:
+            raise CniError(exc.code, f"failed to delegate {command.lower()}: {exc.msg}") from None
+
+    def _call_builtin(self, request: Request) -> Made:
+        from cni.plugins.bridge import Bridge
+
+        version.check_supported(request.version)
+        bridge = Bridge(self._host)
+        match request.command:
+            case "ADD":
+                return bridge.add(request)
+            case "DEL":
+                bridge.delete(request)
+            case "CHECK":
+                bridge.check(request)
+            case "STATUS":
+                bridge.status(request)
+            case "GC":
+                bridge.gc(request)
+        return b""
+
+    def _netconf(self, request: Request, prefix: str = "") -> NetConf:
+        try:
+            conf = NetConf(request.config)
+        except gojson.GoJsonError as exc:
+            raise CniError(INTERNAL, f"{prefix}failed to load netconf: json: {exc}") from None
+        if conf.delegate_mode not in (_AUTO, _BUILT_IN, _EXEC):
+            found = gojson.dumps(conf.delegate_mode)
+            text = f"delegateMode is {found}, it must be {_AUTO}, {_BUILT_IN} or {_EXEC}"
+            raise CniError(INVALID_CONFIG, text)
+        self._mode = conf.delegate_mode
+        return conf
 
 
 def _was_there(failure: CniError) -> bool:
@@ -330,13 +386,6 @@ def _ipam_config(conf: NetConf, env: subnetenv.SubnetEnv) -> gojson.Object:
     return ipam
 
 
-def _netconf(request: Request, prefix: str = "") -> NetConf:
-    try:
-        return NetConf(request.config)
-    except gojson.GoJsonError as exc:
-        raise CniError(INTERNAL, f"{prefix}failed to load netconf: json: {exc}") from None
-
-
 def _encode(config: gojson.Object) -> bytes:
     """Compact and sorted: the bytes that upstream writes to the scratch file and to the delegate."""
     try:
@@ -361,14 +410,15 @@ def _version_of(config: gojson.Object) -> str:
     return value if isinstance(value, str) and value else version.ABSENT
 
 
-def _convert(stdout: bytes, default_version: str, wanted: str) -> gojson.Object:
+def _convert(made: Made, default_version: str, wanted: str) -> gojson.Object:
     try:
-        return result.convert(result.parse(stdout, default_version), wanted)
+        known = result.parse(made, default_version) if isinstance(made, bytes) else made
+        return result.convert(known, wanted)
     except result.ResultError as exc:
         raise CniError(INTERNAL, f"failed to delegate add: {exc}") from None
 
 
-def _ifnames(conf: NetConf, container_id: str) -> list[str]:
+def _ifnames(host: Host, conf: NetConf, container_id: str) -> list[str]:
     """The interfaces of a container of which upstream left a scratch file, which does not tell them."""
-    held = {ifname for owner, ifname in reservations(conf.store) if owner == container_id and ifname}
-    return sorted(held) or [_USUAL_IFNAME]
+    pairs = reservations(host.files, conf.store)
+    return sorted({ifname for owner, ifname in pairs if owner == container_id and ifname}) or [_USUAL_IFNAME]

@@ -9,7 +9,8 @@ A scratch file holds the delegate's configuration of ADD time, byte for byte, fo
 kinds exist, the first always equals one of the second.
 
 Decision: each file is written under a temporary name, synced and renamed, and the directory synced, so that
-neither a crash nor a power loss leaves half a file (flannel #1662). That costs three syncs per ADD.
+neither a crash nor a power loss leaves half a file (flannel #1662). The daemon syncs after it has answered:
+a power loss within those milliseconds may leave an empty file, of a container that is gone as well then.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ import os
 from cni.errors import INTERNAL, INVALID_CONFIG, CniError
 from cni.spec.request import is_name
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from cni.host import Directory, Files, Host
+
 _LARGEST_RESERVATION_BYTES = 4096  # a container ID and an interface name; the file's name is an address
 _RESERVATION_SEPARATOR = "\r\n"
 
@@ -26,47 +31,57 @@ _RESERVATION_SEPARATOR = "\r\n"
 class Scratch:
     """The scratch files of one data directory. Every method raises CniError 999 when the disk refuses."""
 
-    __slots__ = ("_directory",)
+    __slots__ = ("_host", "_path")
 
-    def __init__(self, directory: str) -> None:
-        self._directory = directory
+    def __init__(self, host: Host, path: str) -> None:
+        self._host = host
+        self._path = path
 
     def save(self, container_id: str, ifname: str, data: bytes) -> None:
         """Write both files of an attachment; makes the directory (0700) if need be."""
-        if not self._directory:
+        if not self._path:
             raise CniError(
                 INVALID_CONFIG, "dataDir is empty, it must be the directory of flannel's scratch files"
             )
         try:
-            _make_directories(self._directory)
-            self._place(f"{container_id}@{ifname}", data)
-            self._place(container_id, data)
-            self._sync_directory()
+            with self._host.files.directory(self._path, 0o700) as directory:
+                self._place(directory, f"{container_id}@{ifname}", data)
+                self._place(directory, container_id, data)
+                self._sync_directory(directory)
         except OSError as exc:
             raise self._refused("write", container_id, exc) from None
 
     def load(self, container_id: str, ifname: str) -> bytes | None:
         """The saved bytes of an attachment, None if there are none."""
         try:
-            own = self._read(f"{container_id}@{ifname}")
-            if own is not None:
-                return own
-            # With files of other interfaces about, the plain file belongs to one of those.
-            return None if self._siblings(container_id) else self._read(container_id)
+            with self._host.files.directory(self._path or ".") as directory:
+                own = _read(directory, f"{container_id}@{ifname}")
+                if own is not None:
+                    return own
+                plain = _read(directory, container_id)
+                # With files of other interfaces about, the plain file belongs to one of those.
+                return None if plain is None or _siblings(directory, container_id) else plain
+        except FileNotFoundError:
+            return None
         except OSError as exc:
             raise self._refused("read", container_id, exc) from None
 
     def remove(self, container_id: str, ifname: str) -> None:
         """Forget an attachment; the plain file passes on to another interface of the container, if any."""
         try:
-            self._unlink(f"{container_id}@{ifname}")
-            others = [self._read(name) for name in self._siblings(container_id)]
-            heirs = [data for data in others if data is not None]
-            if not heirs:
-                self._unlink(container_id)
-            elif self._read(container_id) not in heirs:
-                self._place(container_id, heirs[0])
-                self._sync_directory()
+            with self._host.files.directory(self._path or ".") as directory:
+                for name in (container_id, f"{container_id}@{ifname}"):
+                    _unlink(directory, _temporary(name))
+                _unlink(directory, f"{container_id}@{ifname}")
+                others = [_read(directory, name) for name in _siblings(directory, container_id)]
+                heirs = [data for data in others if data is not None]
+                if not heirs:
+                    _unlink(directory, container_id)
+                elif _read(directory, container_id) not in heirs:
+                    self._place(directory, container_id, heirs[0])
+                    self._sync_directory(directory)
+        except FileNotFoundError:
+            return
         except OSError as exc:
             raise self._refused("remove", container_id, exc) from None
 
@@ -77,98 +92,92 @@ class Scratch:
         """
         found = []
         try:
-            names = self._names()
-            with_ifname = {name.partition("@")[0] for name in names if "@" in name}
-            for name in names:
-                container_id, _, ifname = name.partition("@")
-                data = self._read(name) if ifname or container_id not in with_ifname else None
-                if data is not None:
-                    found.append((container_id, ifname, data))
+            with self._host.files.directory(self._path or ".") as directory:
+                names = _names(directory)
+                with_ifname = {name.partition("@")[0] for name in names if "@" in name}
+                for name in names:
+                    container_id, _, ifname = name.partition("@")
+                    data = _read(directory, name) if ifname or container_id not in with_ifname else None
+                    if data is not None:
+                        found.append((container_id, ifname, data))
+        except FileNotFoundError:
+            return []
         except OSError as exc:
             raise self._refused("read", "", exc) from None
         return found
 
-    def _names(self) -> list[str]:
-        try:
-            names = os.listdir(self._directory or ".")
-        except FileNotFoundError:
-            return []
-        return sorted(name for name in names if is_name(name.partition("@")[0]))
-
-    def _siblings(self, container_id: str) -> list[str]:
-        return [name for name in self._names() if name.startswith(f"{container_id}@")]
-
-    def _read(self, name: str) -> bytes | None:
-        try:
-            with open(f"{self._directory}/{name}", "rb") as file:
-                return file.read()
-        except FileNotFoundError:
-            return None
-
-    def _unlink(self, name: str) -> None:
-        try:
-            os.unlink(f"{self._directory}/{name}")
-        except FileNotFoundError:
-            return
-
-    def _place(self, name: str, data: bytes) -> None:
-        # The leading dot keeps the temporary name apart from every container ID.
-        temporary = f"{self._directory}/.{os.getpid():x}-{os.urandom(8).hex()}"
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    def _place(self, directory: Directory, name: str, data: bytes) -> None:
+        temporary = f"{directory.at}/{_temporary(name)}"
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             with open(descriptor, "wb") as file:
                 file.write(data)
                 file.flush()
-                os.fsync(descriptor)
-            os.rename(temporary, f"{self._directory}/{name}")
+                self._host.sync(descriptor)
+            os.rename(temporary, f"{directory.at}/{name}")
         except OSError:
             os.unlink(temporary)
             raise
 
-    def _sync_directory(self) -> None:
-        descriptor = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    def _sync_directory(self, directory: Directory) -> None:
+        descriptor = os.open(directory.at, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            os.fsync(descriptor)
+            self._host.sync(descriptor)
         finally:
             os.close(descriptor)
 
     def _refused(self, verb: str, name: str, exc: OSError) -> CniError:
         reason = (exc.strerror or str(exc)).lower()
-        return CniError(INTERNAL, f"cannot {verb} the scratch file {self._directory}/{name}: {reason}")
+        return CniError(INTERNAL, f"cannot {verb} the scratch file {self._path}/{name}: {reason}")
 
 
-def _make_directories(path: str) -> None:
-    """`mkdir -p` that gives every missing level mode 0700, which os.makedirs does for the last one only."""
-    if os.path.isdir(path):
-        return
-    parent = os.path.dirname(path.rstrip("/"))
-    if parent:
-        _make_directories(parent)
+def _temporary(name: str) -> str:
+    """The name of a file that is being written: no container ID, and found again if the writer is killed."""
+    return f".{name}"
+
+
+def _names(directory: Directory) -> list[str]:
+    return sorted(name for name in os.listdir(directory.at) if is_name(name.partition("@")[0]))
+
+
+def _siblings(directory: Directory, container_id: str) -> list[str]:
+    return [name for name in _names(directory) if name.startswith(f"{container_id}@")]
+
+
+def _read(directory: Directory, name: str) -> bytes | None:
     try:
-        os.mkdir(path, 0o700)
-    except FileExistsError:
-        if not os.path.isdir(path):  # else: made by another pod's ADD at this moment
-            raise
+        with open(f"{directory.at}/{name}", "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
 
 
-def reservations(store: str) -> list[tuple[str, str]]:
+def _unlink(directory: Directory, name: str) -> None:
+    try:
+        os.unlink(f"{directory.at}/{name}")
+    except FileNotFoundError:
+        return
+
+
+def reservations(files: Files, store: str) -> list[tuple[str, str]]:
     """The (container ID, interface name) pairs for which host-local holds addresses in `store`.
 
     The name is empty in files of very old versions. A store that cannot be read has none.
     """
     found = []
     try:
-        names = os.listdir(store)
+        with files.directory(store) as directory:
+            for name in os.listdir(directory.at):
+                if name == "lock" or name.startswith("last_reserved_ip."):
+                    continue
+                try:
+                    with open(f"{directory.at}/{name}", "rb") as file:
+                        content = file.read(_LARGEST_RESERVATION_BYTES)
+                except OSError:
+                    continue  # released at this moment, or a directory: no reservation
+                text = content.decode("utf-8", "replace").strip()
+                container_id, _, ifname = text.partition(_RESERVATION_SEPARATOR)
+                found.append((container_id, ifname))
     except OSError:
         return []
-    for name in names:
-        if name == "lock" or name.startswith("last_reserved_ip."):
-            continue
-        try:
-            with open(f"{store}/{name}", "rb") as file:
-                text = file.read(_LARGEST_RESERVATION_BYTES).decode("utf-8", "replace").strip()
-        except OSError:
-            continue  # released at this moment, or a directory: no reservation
-        container_id, _, ifname = text.partition(_RESERVATION_SEPARATOR)
-        found.append((container_id, ifname))
     return found

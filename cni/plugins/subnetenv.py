@@ -10,6 +10,10 @@ from cni.errors import INVALID_CONFIG, TRY_AGAIN_LATER, CniError
 from cni.spec import gojson
 from cni.spec.address import Cidr, parse_cidr
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from cni.host import Files
+
 _KEYS = (
     "FLANNEL_NETWORK",
     "FLANNEL_IPV6_NETWORK",
@@ -35,13 +39,12 @@ class SubnetEnv:
         self.ipmasq = ipmasq
 
 
-def load(path: str) -> SubnetEnv:
+def load(files: Files, path: str) -> SubnetEnv:
     """Read the file; raises CniError 11 (7 if `path` is empty): flanneld may not have written it yet."""
     if not path:
         raise CniError(INVALID_CONFIG, "subnetFile is empty, it must be the path of flanneld's subnet.env")
     try:
-        with open(path, "rb") as file:
-            data = file.read(_LARGEST_FILE_BYTES)
+        data = files.read(path, _LARGEST_FILE_BYTES)
     except OSError as exc:
         raise _refusal(f"open {path}: {(exc.strerror or str(exc)).lower()}") from None
     try:

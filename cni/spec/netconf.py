@@ -20,6 +20,7 @@ class NetConf:
     __slots__ = (
         "data_dir",
         "delegate",
+        "delegate_mode",
         "ipam",
         "name",
         "prev_result",
@@ -36,6 +37,7 @@ class NetConf:
         self.subnet_file = gojson.typed(record, "subnetFile", str, SUBNET_FILE)
         self.data_dir = gojson.typed(record, "dataDir", str, DATA_DIR)
         self.delegate: gojson.Object = gojson.typed(record, "delegate", dict, {})
+        self.delegate_mode = gojson.typed(record, "delegateMode", str, "auto")
         self.ipam = _optional_object(record, "ipam")
         self.runtime_config = _optional_object(record, "runtimeConfig")
         self.prev_result = _optional_object(record, "prevResult")

@@ -75,6 +75,20 @@ def write(result: gojson.Object) -> bytes:
     return gojson.dumps(result, indent="    ", sort=result["cniVersion"] in _CURRENT).encode()
 
 
+def interfaces(prev_result: gojson.Object | None) -> list[gojson.Object]:
+    """The interfaces of a prevResult, whatever its version; none if it is of no use."""
+    found = gojson.member(prev_result or {}, "interfaces")
+    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+
+
+def interface(prev_result: gojson.Object | None, name: str, sandbox: str) -> gojson.Object | None:
+    """The interface of that name and sandbox, None if prevResult does not list it."""
+    for one in interfaces(prev_result):
+        if one.get("name") == name and one.get("sandbox") == sandbox:
+            return one
+    return None
+
+
 def _form(version: str) -> tuple[str, ...]:
     for form in (_CURRENT, _MIDDLE, _LEGACY):
         if version in form:
@@ -91,7 +105,7 @@ def _parse_legacy(record: gojson.Object) -> gojson.Object:
         parsed: gojson.Object = {"ip": _cidr(config, "ip", name)}
         _put(parsed, gateway=_ip(config, "gateway"), routes=parse_routes(_list(config, "routes")))
         body[name] = parsed
-    body["dns"] = _dns(record)
+    body["dns"] = parse_dns(record)
     return body
 
 
@@ -103,7 +117,7 @@ def _parse_modern(record: gojson.Object, form: tuple[str, ...]) -> gojson.Object
         ips=[_address(_object(one, "ips"), form) for one in _list(record, "ips")],
         routes=parse_routes(_list(record, "routes")),
     )
-    dns = _dns(record)
+    dns = parse_dns(record)
     if dns or form is _MIDDLE:
         body["dns"] = dns
     return body
@@ -149,7 +163,8 @@ def parse_routes(records: list[object]) -> list[gojson.Object]:
     return routes
 
 
-def _dns(record: gojson.Object) -> gojson.Object:
+def parse_dns(record: gojson.Object) -> gojson.Object:
+    """The `dns` of a result or a netconf, without what is empty; raises gojson.GoJsonError."""
     dns = gojson.typed(record, "dns", dict, {})
     parsed: gojson.Object = {}
     _put(

@@ -820,7 +820,7 @@ def test_the_flags_choose_an_ipv6_address(cluster_of: Clusters) -> None:
 
 def chosen(node: Node, store: Store, *flags: str) -> tuple[str, str] | str:
     """The addresses that a daemon with these flags takes, and those it tells peers; or why it refuses."""
-    own = (f"--subnet-file={node.subnet_file}", f"--state-dir={node.directory}")
+    own = (f"--subnet-file={node.subnet_file}", f"--state-dir={node.directory}", "--cni-socket=")
     argv = [*SOURCE, *own, *store.flags, *flags]
     process = node.lab.spawn(node.netns, "chosen", argv, cwd=REPOSITORY)
 

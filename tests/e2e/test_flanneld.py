@@ -330,6 +330,7 @@ def own_flags(directory: Path) -> list[str]:
         f"--subnet-file={directory / 'subnet.env'}",
         f"--state-dir={directory / 'state'}",
         f"--net-config-path={directory / 'net-conf.json'}",
+        f"--cni-socket={directory / 'cni.sock'}",
     ]
 
 
@@ -525,6 +526,7 @@ def test_variables_stand_in_for_flags(bare: Lab, tmp_path: Path) -> None:
             *FROZEN,
             f"--state-dir={tmp_path / 'state'}",
             f"--net-config-path={tmp_path / 'none'}",
+            f"--cni-socket={tmp_path / 'cni.sock'}",
         ],
     )
     process.wait_text("flannel is ready")

@@ -35,6 +35,7 @@ def flanneld(
         f"--subnet-file={directory / 'subnet.env'}",
         f"--state-dir={directory / 'state'}",
         f"--net-config-path={directory / 'net-conf.json'}",
+        f"--cni-socket={directory / 'cni.sock'}",
     )
     return subprocess.Popen(
         [*inside, *SOURCE, *files, *flags],
@@ -250,7 +251,7 @@ def test_a_second_signal_kills(waits: Waits) -> None:
 def test_a_signal_before_it_is_prepared_kills(tmp_path: Path) -> None:
     """It hangs at its first words, which are about a variable."""
     program = 'import os, signal; signal.raise_signal(signal.SIGSTOP); os.execvp("{0}", {1})'
-    words = [*SOURCE, NOBODY]
+    words = [*SOURCE, NOBODY, "--cni-socket="]
     inside = (*ALONE, SOURCE[0], "-c", program.format(words[0], words))
     process = flanneld(tmp_path, inside=inside, environ={"FLANNELD_IP_MASQ": "maybe"})
     wait_for(lambda: " T " in Path(f"/proc/{process.pid}/stat").read_text(), 10.0, "process that waits")

@@ -108,6 +108,7 @@ class Node:
         self.directory = lab.directory / name
         self.directory.mkdir(mode=0o700, exist_ok=True)
         self.subnet_file = self.directory / "subnet.env"
+        self.cni_socket = self.directory / "cni.sock"
         self.log = lab.directory / f"flanneld-{name}.log"
         self._daemon: Process | None = None
         self._stale: tuple[int, int] | None = None
@@ -125,6 +126,7 @@ class Node:
         own = (
             f"--subnet-file={self.subnet_file}",
             f"--state-dir={self.directory}",
+            f"--cni-socket={self.cni_socket}",
             "--iface=eth0",
             "--ip-masq",
         )

@@ -92,6 +92,7 @@ class Node:
         self.netns = Namespace("node")
         self._namespaces = [self.netns]
         self.path = GO_PLUGINS
+        self.mode = "auto"
         (root / "subnet.env").write_text(SUBNET_ENV)
 
     def namespace(self, purpose: str = "pod") -> Namespace:
@@ -110,7 +111,9 @@ class Node:
 
     def conf(self, version: str, **extra: object) -> dict[str, object]:
         """flannel's netconf; `delegate` is that of flannel's manifest for Kubernetes."""
+        own: dict[str, object] = {} if self.mode == "auto" else {"delegateMode": self.mode}
         return {
+            **own,
             "cniVersion": version,
             "name": "cbr0",
             "type": "flannel",

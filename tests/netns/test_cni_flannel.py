@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,30 @@ from tests.netns.cni_fixtures import (
 WITH_CHECK = ("0.4.0", "1.0.0", "1.1.0")
 
 
-@pytest.fixture(autouse=True, params=["source", "frozen"])
-def plugin(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run each test with the plugin as written, and as shipped."""
-    if request.param == "frozen":
+@pytest.fixture(params=["source builtin", "frozen exec", "frozen builtin"])
+def node(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
+    """Run each test with the plugin as written and as shipped, and with either delegate."""
+    how, mode = request.param.split()
+    with _node(how, mode, tmp_path, monkeypatch) as node:
+        yield node
+
+
+@pytest.fixture(params=["source", "frozen"])
+def exec_node(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Node]:
+    """A node whose delegates are executed: for what only a delegate of somebody else does."""
+    with _node(request.param, "exec", tmp_path, monkeypatch) as node:
+        yield node
+
+
+@contextmanager
+def _node(how: str, mode: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
+    if how == "frozen":
         assert FROZEN_PLUGIN.exists(), "run `make build` first"
         monkeypatch.setenv("PFL_CNI_PLUGIN", str(FROZEN_PLUGIN))
-
-
-@pytest.fixture
-def node(tmp_path: Path) -> Iterator[Node]:
-    with new_node(tmp_path) as node:
+    with new_node(root) as node:
+        node.mode = mode
         yield node
 
 
@@ -106,7 +120,8 @@ def check_shape(result: dict[str, Any], version: str, pod: Namespace) -> None:
 
 
 @pytest.mark.parametrize("version", ["0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0"])
-def test_results_are_printed_to_the_byte_as_bridge_prints_them(node: Node, version: str) -> None:
+def test_results_are_printed_to_the_byte_as_bridge_prints_them(exec_node: Node, version: str) -> None:
+    node = exec_node
     """From 1.0.0 on the order of the keys depends on the release of the Go plugins, and is not compared."""
     pod = node.namespace()
     failing_bridge(
@@ -140,7 +155,8 @@ def test_two_interfaces_of_one_container(node: Node) -> None:
     assert pod.links() == ["lo"] and node.clean()
 
 
-def test_a_failed_del_keeps_the_scratch_file_and_the_retry_cleans_up(node: Node) -> None:
+def test_a_failed_del_keeps_the_scratch_file_and_the_retry_cleans_up(exec_node: Node) -> None:
+    node = exec_node
     pod = node.namespace()
     node.call("ADD", "c1", pod)
     broken = node.root / "broken"
@@ -153,7 +169,8 @@ def test_a_failed_del_keeps_the_scratch_file_and_the_retry_cleans_up(node: Node)
     assert pod.links() == ["lo"] and node.clean()
 
 
-def test_a_failed_add_leaves_nothing_behind(node: Node) -> None:
+def test_a_failed_add_leaves_nothing_behind(exec_node: Node) -> None:
+    node = exec_node
     pod = node.namespace()
     fail = f"""{GO_PLUGINS}/bridge > {node.root}/answer && echo '{{"code":100,"msg":"late"}}' && exit 1"""
     failing_bridge(node, f"if [ $CNI_COMMAND = ADD ]; then {fail}; fi")
@@ -274,7 +291,9 @@ def test_gc_releases_what_is_not_valid(node: Node) -> None:
 def test_status_asks_for_subnet_env_and_the_delegate(node: Node) -> None:
     assert node.call("STATUS", "c1", None, version="1.1.0") is None
     node.path = "/nonexistent"
-    assert node.call("STATUS", "c1", None, version="1.1.0")["code"] == 50
+    missing = node.call("STATUS", "c1", None, version="1.1.0", delegateMode="exec")
+    assert missing["code"] == 50 and "CNI_PATH" in missing["msg"]
+    assert node.call("STATUS", "c1", None, version="1.1.0", delegateMode="builtin") is None
     (node.root / "subnet.env").unlink()
     assert node.call("STATUS", "c1", None, version="1.1.0")["code"] == 50
     assert node.call("ADD", "c1", node.namespace(), version="1.1.0")["code"] == 11

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from cni.handler import handle
+from cni.local import LocalHost
 from cni.plugins.flannel import Flannel
 from cni.spec.request import Request
 
@@ -66,6 +67,7 @@ echo "$IN" > {self.log}/$C
             "type": "flannel",
             "subnetFile": f"{self.root}/subnet.env",
             "dataDir": str(self.data),
+            "delegateMode": "exec",
             "ipam": {"dataDir": f"{self.root}/networks"},
         }
 
@@ -88,7 +90,7 @@ echo "$IN" > {self.log}/$C
             "PATH": "/usr/bin:/bin",
         }
         request = Request(env, json.dumps({**self.conf(version), **extra, **(keys or {})}).encode())
-        response = handle(request, Flannel(note=self.notes.append))
+        response = handle(request, Flannel(LocalHost(self.notes.append, {})))
         assert response.stderr == "", "a bug in the plugin"
         document = json.loads(response.stdout) if response.stdout else None
         assert ("code" in (document or {})) == (response.exit_code != 0)

@@ -14,6 +14,7 @@ import pytest
 import cni
 from cni.errors import CniError
 from cni.handler import handle
+from cni.local import LocalHost
 from cni.plugins.flannel import Flannel
 from cni.spec import gojson
 from cni.spec.request import Request
@@ -258,7 +259,7 @@ def test_check_is_not_asked_about_the_namespace() -> None:
 
 
 def test_flannel_knows_its_own_namespace(tmp_path: Path) -> None:
-    flannel = Flannel(note=print)
+    flannel = Flannel(LocalHost(print, {}))
     assert flannel.owns_netns("/proc/self/ns/net")
     assert not flannel.owns_netns("/proc/self/ns/mnt")
     assert not flannel.owns_netns(f"{tmp_path}/absent")

@@ -6,11 +6,14 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cni.errors import CniError
+from cni.local import LocalHost
 from cni.plugins.scratch import Scratch, reservations
+
+HOST = LocalHost(print, {})
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -19,7 +22,7 @@ def files(directory: Path) -> dict[str, bytes]:
 
 def test_save_writes_upstreams_file_and_ours(tmp_path: Path) -> None:
     directory = tmp_path / "a" / "b"
-    Scratch(str(directory)).save("c1", "eth0", b"{}")
+    Scratch(HOST, str(directory)).save("c1", "eth0", b"{}")
     assert files(directory) == {"c1": b"{}", "c1@eth0": b"{}"}
     assert {oct(one.stat().st_mode) for one in directory.iterdir()} == {"0o100600"}
     assert {oct(one.stat().st_mode) for one in (directory, tmp_path / "a")} == {"0o40700"}
@@ -27,12 +30,12 @@ def test_save_writes_upstreams_file_and_ours(tmp_path: Path) -> None:
 
 def test_an_existing_directory_keeps_its_mode(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
-    Scratch(str(tmp_path)).save("c1", "eth0", b"{}")
+    Scratch(HOST, str(tmp_path)).save("c1", "eth0", b"{}")
     assert oct(tmp_path.stat().st_mode) == "0o40755"
 
 
 def test_files_are_replaced_not_written_in_place(tmp_path: Path) -> None:
-    scratch = Scratch(str(tmp_path))
+    scratch = Scratch(HOST, str(tmp_path))
     scratch.save("c1", "eth0", b"old")
     with (tmp_path / "c1@eth0").open("rb") as reader:
         scratch.save("c1", "eth0", b"new")
@@ -41,7 +44,7 @@ def test_files_are_replaced_not_written_in_place(tmp_path: Path) -> None:
 
 
 def test_load_prefers_the_interfaces_own_file(tmp_path: Path) -> None:
-    scratch = Scratch(str(tmp_path))
+    scratch = Scratch(HOST, str(tmp_path))
     scratch.save("c1", "eth0", b"first")
     scratch.save("c1", "net1", b"second")
     assert (tmp_path / "c1").read_bytes() == b"second"
@@ -53,13 +56,13 @@ def test_load_prefers_the_interfaces_own_file(tmp_path: Path) -> None:
 
 def test_load_takes_what_upstream_wrote(tmp_path: Path) -> None:
     (tmp_path / "c1").write_bytes(b"upstream")
-    scratch = Scratch(str(tmp_path))
+    scratch = Scratch(HOST, str(tmp_path))
     assert scratch.load("c1", "eth0") == b"upstream"
     assert scratch.load("c11", "eth0") is None
 
 
 def test_the_plain_file_passes_on_to_the_interface_that_is_left(tmp_path: Path) -> None:
-    scratch = Scratch(str(tmp_path))
+    scratch = Scratch(HOST, str(tmp_path))
     scratch.save("c1", "eth0", b"first")
     scratch.save("c1", "net1", b"second")
     scratch.save("c1x", "eth0", b"other")
@@ -70,16 +73,16 @@ def test_the_plain_file_passes_on_to_the_interface_that_is_left(tmp_path: Path) 
 
 
 def test_remove_of_upstreams_file_and_of_nothing(tmp_path: Path) -> None:
-    scratch = Scratch(str(tmp_path / "absent"))
+    scratch = Scratch(HOST, str(tmp_path / "absent"))
     scratch.remove("c1", "eth0")
     assert scratch.saved() == []
     (tmp_path / "c1").write_bytes(b"upstream")
-    Scratch(str(tmp_path)).remove("c1", "eth0")
+    Scratch(HOST, str(tmp_path)).remove("c1", "eth0")
     assert files(tmp_path) == {}
 
 
 def test_saved_lists_each_attachment_once(tmp_path: Path) -> None:
-    scratch = Scratch(str(tmp_path))
+    scratch = Scratch(HOST, str(tmp_path))
     scratch.save("c1", "eth0", b"1")
     scratch.save("c1", "net1", b"2")
     (tmp_path / "c2").write_bytes(b"3")
@@ -92,15 +95,15 @@ def test_what_the_disk_refuses_is_an_error_that_names_the_file(tmp_path: Path) -
     with pytest.raises(
         CniError, match=f"cannot read the scratch file {tmp_path}/c1: is a directory"
     ) as caught:
-        Scratch(str(tmp_path)).load("c1", "eth0")
+        Scratch(HOST, str(tmp_path)).load("c1", "eth0")
     assert caught.value.code == 999
     (tmp_path / "file").touch()
     with pytest.raises(CniError, match=f"cannot write the scratch file {tmp_path}/file/c1: "):
-        Scratch(f"{tmp_path}/file").save("c1", "eth0", b"")
+        Scratch(HOST, f"{tmp_path}/file").save("c1", "eth0", b"")
     with pytest.raises(CniError, match="file name too long"):
-        Scratch(str(tmp_path)).save("c" * 300, "eth0", b"")
+        Scratch(HOST, str(tmp_path)).save("c" * 300, "eth0", b"")
     with pytest.raises(CniError, match="dataDir is empty"):
-        Scratch("").save("c1", "eth0", b"")
+        Scratch(HOST, "").save("c1", "eth0", b"")
     assert sorted(files_and_directories(tmp_path)) == ["c1", "file"]
 
 
@@ -111,10 +114,11 @@ def files_and_directories(directory: Path) -> list[str]:
 def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "c1@eth0").mkdir()
     with pytest.raises(CniError, match="cannot write"):
-        Scratch(str(tmp_path)).save("c1", "eth0", b"x")
+        Scratch(HOST, str(tmp_path)).save("c1", "eth0", b"x")
     assert files_and_directories(tmp_path) == ["c1@eth0"]
 
 
+@settings(deadline=None)  # each step syncs the disk
 @given(
     st.lists(
         st.tuples(
@@ -126,7 +130,7 @@ def test_the_plain_file_always_equals_one_of_the_containers_own(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, str, str]]
 ) -> None:
     directory = tmp_path_factory.mktemp("scratch")
-    scratch = Scratch(str(directory))
+    scratch = Scratch(HOST, str(directory))
     model: dict[tuple[str, str], bytes] = {}
     for number, (step, container_id, ifname) in enumerate(steps):
         if step == "save":
@@ -149,5 +153,14 @@ def test_reservations_are_told_by_content(tmp_path: Path) -> None:
     (tmp_path / "lock").write_bytes(b"")
     (tmp_path / "last_reserved_ip.0").write_bytes(b"10.1.2.5")
     (tmp_path / "sub").mkdir()
-    assert sorted(reservations(str(tmp_path))) == [("c1", "eth0"), ("c2", "net1"), ("c3", "")]
-    assert reservations(f"{tmp_path}/absent") == []
+    assert sorted(reservations(HOST.files, str(tmp_path))) == [("c1", "eth0"), ("c2", "net1"), ("c3", "")]
+    assert reservations(HOST.files, f"{tmp_path}/absent") == []
+
+
+def test_what_a_killed_writer_began_goes_with_the_attachment(tmp_path: Path) -> None:
+    scratch = Scratch(HOST, str(tmp_path))
+    scratch.save("c1", "eth0", b"{}")
+    for name in (".c1", ".c1@eth0"):
+        (tmp_path / name).write_bytes(b"{")
+    scratch.remove("c1", "eth0")
+    assert files(tmp_path) == {}

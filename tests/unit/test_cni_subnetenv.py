@@ -8,6 +8,7 @@ import pytest
 
 from cni import errors
 from cni.errors import CniError
+from cni.local import LocalFiles
 from cni.plugins import subnetenv
 
 V4 = "FLANNEL_NETWORK=10.1.0.0/16\nFLANNEL_SUBNET=10.1.17.1/24\nFLANNEL_MTU=1472\nFLANNEL_IPMASQ=true\n"
@@ -91,7 +92,7 @@ def test_a_bad_file_means_try_again_later(tmp_path: Path, text: str, reason: str
     path = tmp_path / "subnet.env"
     path.write_text(text)
     with pytest.raises(CniError) as caught:
-        subnetenv.load(str(path))
+        subnetenv.load(LocalFiles(), str(path))
     assert caught.value.code == errors.TRY_AGAIN_LATER
     assert caught.value.msg.startswith(f"failed to load flannel 'subnet.env' file: {path} ")
     assert reason in caught.value.msg
@@ -100,18 +101,18 @@ def test_a_bad_file_means_try_again_later(tmp_path: Path, text: str, reason: str
 
 def test_a_missing_file_means_try_again_later(tmp_path: Path) -> None:
     with pytest.raises(CniError) as caught:
-        subnetenv.load(f"{tmp_path}/subnet.env")
+        subnetenv.load(LocalFiles(), f"{tmp_path}/subnet.env")
     assert caught.value.code == errors.TRY_AGAIN_LATER
     assert f"open {tmp_path}/subnet.env: no such file or directory" in caught.value.msg
 
 
 def test_an_empty_path_is_a_bad_netconf() -> None:
     with pytest.raises(CniError, match="subnetFile is empty") as caught:
-        subnetenv.load("")
+        subnetenv.load(LocalFiles(), "")
     assert caught.value.code == errors.INVALID_CONFIG
 
 
 def test_a_good_file_is_loaded(tmp_path: Path) -> None:
     path = tmp_path / "subnet.env"
     path.write_text(V4)
-    assert subnetenv.load(str(path)).mtu == 1472
+    assert subnetenv.load(LocalFiles(), str(path)).mtu == 1472

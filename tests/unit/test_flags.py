@@ -61,6 +61,7 @@ UPSTREAM = [
     ("log_backtrace_at", "", "daemon.py:05", "daemon.py:5"),
     ("lease-db", "", "/l", "/l"),
     ("state-dir", "/var/lib/flannel", "/s", "/s"),
+    ("cni-socket", "/run/flannel/cni.sock", "/c", "/c"),
 ]
 BY_NAME = pytest.mark.parametrize(
     ("name", "default", "text", "value"), UPSTREAM, ids=[row[0] for row in UPSTREAM]

@@ -146,10 +146,10 @@ def test_the_pods_are_upstreams() -> None:
 
 def test_init_steps() -> None:
     plugin, conf = container("install-cni-plugin"), container("install-cni")
-    # Upstream: cp -f /flannel /opt/cni/bin/flannel; ours is a folder.
+    # Upstream: cp -f /flannel /opt/cni/bin/flannel; our folder has the cold path besides.
     assert plugin["command"] + plugin["args"] == [
         "/opt/bin/install-cni-plugin",
-        "/flannel",
+        "/opt/cni-bin",
         "/opt/cni/bin/flannel",
     ]
     assert mounts("install-cni-plugin") == {"/opt/cni/bin": {"hostPath": {"path": "/opt/cni/bin"}}}

@@ -1,0 +1,300 @@
+"""ADD of the bridge plugin, step by step, and the way back.
+
+The order is upstream's: bridge, veth pair, rules against spoofing, address, container, gateway, masquerade.
+Each netlink message that is left out or sent together with another is time off every pod's start:
+
+    host        is there a bridge?  1   veth pair, up, port of the bridge, with its flags  1 or 2
+    container   addresses, link up, routes  1 batch
+    host        the bridge's addresses  1   port up? and neighbours corrected  1 batch
+"""
+
+from __future__ import annotations
+
+import time
+
+from cni.errors import INTERNAL, CniError, KernelError
+from cni.net import rtlink
+from cni.net.rtlink import IFA_F_DADFAILED, IFA_F_TENTATIVE, AddressState
+from cni.plugins.bridgegate import Gateway
+from cni.plugins.bridgeport import await_port, ensure_bridge, plug
+from cni.plugins.ipam import Ipam
+from cni.plugins.links import carry_out, ensure, expect, find, objects, ports, random_mac, try_write
+from cni.spec import result
+from cni.spec.address import Cidr, parse_cidr, parse_ip
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from cni.host import Host, Netns
+    from cni.net.nlmsg import Message as NetlinkMessage
+    from cni.net.nlmsg import Request as Message
+    from cni.net.rtlink import LinkState
+    from cni.plugins.bridgeconf import BridgeConf
+    from cni.spec import gojson
+    from cni.spec.request import Request
+
+_SETTLE_S, _FIRST_PAUSE_S = 5.0, 0.001
+_PROBE_S, _PROBES_S = 0.03, 1.0  # one pod's time to answer, and the time for all that are asked
+
+
+class Attachment:
+    """One container's interface while it is made. `make` once; after a failure `undo`."""
+
+    def __init__(self, host: Host, request: Request, conf: BridgeConf) -> None:
+        """Raises CniError if the IPAM plugin is missing, Declined if it cannot be executed here."""
+        self._host = host
+        self._request = request
+        self._conf = conf
+        users = Users(host, conf.bridge)
+        self._ipam = Ipam(host, conf.ipam_type, request, users.have) if conf.ipam_type else None
+        self._veth = ""
+        self._allotted: gojson.Object | None = None
+        self._rules: list[str] = []
+
+    def make(self) -> gojson.Object:
+        """Attach; the result in its current form. Raises CniError or KernelError."""
+        conf = self._conf
+        bridge = ensure_bridge(self._host, conf)
+        netns = self._host.netns(self._request.netns)
+        mac = conf.mac or random_mac()
+        port = plug(self._host, conf, bridge, netns, self._request.ifname, mac)
+        self._veth = port.name
+        interfaces: list[gojson.Object] = [
+            {"name": bridge.name, "mac": bridge.mac},
+            {"name": port.name, "mac": port.mac},
+            {"name": self._request.ifname, "mac": mac, "sandbox": self._request.netns},
+        ]
+        made: gojson.Object = {"cniVersion": "1.0.0", "interfaces": interfaces}
+        if conf.mac_spoof_check:
+            from cni.plugins import macspoof
+
+            self._rules.append("macspoof")
+            macspoof.add(self._host, self._request.container_id, self._request.ifname, port.name, mac)
+        if self._ipam is not None:
+            self._allotted = self._ipam.add()
+            made |= self._layer3(bridge, netns, port, mac, interfaces)
+        elif not conf.interface_down:
+            name = self._request.ifname
+            expect(netns.route.request(*rtlink.set_link(port.peer, up=True)), f'failed to set "{name}" up')
+        if not conf.interface_down:
+            await_port(self._host, port)
+        if self._addresses:
+            self._announce(bridge, netns, port, mac)
+        dns = result.parse_dns(self._request.config) or made.get("dns")
+        return {**made, "dns": dns} if dns else made
+
+    def undo(self) -> None:
+        """Take back what `make` has done so far; what fails is left to the DEL to come, and noted."""
+        host, request = self._host, self._request
+        try:
+            if self._veth:
+                host.delete_link(host.route, self._veth)
+            if self._ipam is not None and self._allotted is not None:
+                self._ipam.undo(self._allotted)
+            if "macspoof" in self._rules:
+                from cni.plugins import macspoof
+
+                macspoof.remove(host, request.container_id, request.ifname)
+            if "masq" in self._rules:
+                from cni.plugins import masq
+
+                masq.remove(host, self._conf.name, request.container_id, request.ifname)
+        except (CniError, KernelError) as exc:
+            host.note(f"bridge: undoing the failed ADD failed too, DEL will do it: {exc}")
+
+    # ---- addresses and routes
+
+    @property
+    def _addresses(self) -> list[Cidr]:
+        """What the container was allotted."""
+        return [parse_cidr(str(one["address"])) for one in objects(self._allotted or {}, "ips")]
+
+    def _layer3(
+        self,
+        bridge: LinkState,
+        netns: Netns,
+        port: LinkState,
+        mac: str,
+        interfaces: list[gojson.Object],
+    ) -> gojson.Object:
+        """Configure what IPAM allotted; the members of the result that come of it."""
+        conf, allotted = self._conf, self._allotted or {}
+        if not self._addresses:
+            raise CniError(INTERNAL, "IPAM plugin returned missing IP config")
+        conf.check_mtu(any(cidr.family == 6 for cidr in self._addresses))
+        ips = [self._with_gateway(one) for one in objects(allotted, "ips")]
+        routes = self._with_default_routes(objects(allotted, "routes"), ips)
+        self._configure(netns, port.peer, ips, routes)
+        if conf.gateway:
+            gateway = Gateway(self._host, conf, bridge, port)
+            gateway.set_up(ips)
+            if gateway.vlan_link is not None:
+                interfaces.append({"name": gateway.vlan_link.name, "mac": gateway.vlan_link.mac})
+        if conf.masquerade:
+            from cni.plugins import masq
+
+            self._rules.append("masq")
+            request = self._request
+            masq.add(
+                self._host,
+                conf.name,
+                request.container_id,
+                request.ifname,
+                port.name,
+                self._addresses,
+                conf.masquerade_backend,
+            )
+        made: gojson.Object = {"ips": ips}
+        if routes:
+            made["routes"] = routes
+        if allotted.get("dns"):
+            made["dns"] = allotted["dns"]
+        return made
+
+    def _with_gateway(self, ip: gojson.Object) -> gojson.Object:
+        """The address with the index of the container's interface, and a gateway if the bridge is one."""
+        gateway = ip.get("gateway")
+        if not gateway and self._conf.gateway:
+            network = parse_cidr(str(ip["address"])).network()
+            gateway = str(Cidr(network.family, network.value + 1, 128)).partition("/")[0]
+        made: gojson.Object = {"interface": 2, "address": ip["address"]}
+        return {**made, "gateway": gateway} if gateway else made
+
+    def _with_default_routes(
+        self, routes: list[gojson.Object], ips: list[gojson.Object]
+    ) -> list[gojson.Object]:
+        """The routes, and one to everywhere for each family that has none with a gateway, if so wanted."""
+        if not self._conf.default_gateway:
+            return routes
+        made = list(routes)
+        for ip in ips:
+            anywhere = "::/0" if ":" in str(ip["address"]) else "0.0.0.0/0"
+            if not any(route["dst"] == anywhere and route.get("gw") for route in made):
+                made.append({"dst": anywhere, "gw": ip["gateway"]})
+        return made
+
+    def _configure(
+        self, netns: Netns, ifindex: int, ips: list[gojson.Object], routes: list[gojson.Object]
+    ) -> None:
+        """Addresses, link up, routes: one batch, the settings before it."""
+        ifname, detect = self._request.ifname, self._conf.detect_duplicates
+        cidrs = [parse_cidr(str(ip["address"])) for ip in ips]
+        self._write_settings(netns, any(cidr.family == 6 for cidr in cidrs))
+        steps = [rtlink.add_address(ifindex, cidr, detect_duplicates=detect) for cidr in cidrs]
+        texts = [f'failed to add IP addr {ip["address"]} to "{ifname}"' for ip in ips]
+        steps.append(rtlink.set_link(ifindex, up=True))
+        texts.append(f'failed to set "{ifname}" UP')
+        if detect and any(cidr.family == 6 for cidr in cidrs):
+            carry_out(netns.route, steps, texts)
+            self._settle(netns, ifindex)
+            steps, texts = [], []
+        for route, text in _route_steps(ifname, ifindex, ips, routes):
+            steps.append(route)
+            texts.append(text)
+        carry_out(netns.route, steps, texts)
+
+    def _write_settings(self, netns: Netns, has_ipv6: bool) -> None:
+        ifname = self._request.ifname
+        if self._conf.detect_duplicates:
+            try_write(netns.sysctl(f"ipv6/conf/{ifname}/enhanced_dad"), "1")
+        try_write(
+            netns.sysctl(f"ipv6/conf/{ifname}/accept_dad"), "1" if self._conf.detect_duplicates else "0"
+        )
+        try_write(netns.sysctl(f"ipv4/conf/{ifname}/arp_notify"), "1")
+        if not has_ipv6:
+            return
+        try_write(netns.sysctl(f"ipv6/conf/{ifname}/ndisc_notify"), "1")
+        for name in ("lo", ifname):
+            ensure(netns.sysctl(f"ipv6/conf/{name}/disable_ipv6"), "0", f"enable IPv6 for interface {name}")
+        ensure(netns.sysctl(f"ipv6/conf/{ifname}/keep_addr_on_down"), "1", f"keep the addresses of {ifname}")
+
+    def _settle(self, netns: Netns, ifindex: int) -> None:
+        """Wait for the end of duplicate address detection; raises CniError with upstream's words."""
+        name = self._request.ifname
+        deadline, pause = time.monotonic() + _SETTLE_S, _FIRST_PAUSE_S
+        while True:
+            messages = netns.route.dump(*rtlink.get_addresses(6, ifindex))
+            mine = [one for one in map(_address, messages) if one.ifindex == ifindex]
+            failed = [one for one in mine if one.flags & IFA_F_DADFAILED]
+            if failed:
+                text = f'failed to settle addresses for "{name}": link {name} has address '
+                raise CniError(INTERNAL, f"{text}{str(failed[0].cidr).partition('/')[0]} in DADFAILED state")
+            if not any(one.flags & IFA_F_TENTATIVE for one in mine):
+                return
+            if time.monotonic() > deadline:
+                text = f"link {name} still has tentative addresses after 10 seconds"
+                raise CniError(INTERNAL, f'failed to settle addresses for "{name}": {text}')
+            time.sleep(pause)
+            pause = min(pause * 2, 0.02)
+
+    def _announce(self, bridge: LinkState, netns: Netns, port: LinkState, mac: str) -> None:
+        """Tell the other pods and the host which MAC the addresses, once others' perhaps, have now.
+
+        The kernel does that itself (gratuitous ARP, unsolicited neighbour advertisement) when a link gets a
+        MAC, even the one that it has; but not all that it says when the link comes up passes the bridge.
+        """
+        netns.route.request(*rtlink.set_link(port.peer, mac=mac))
+        self._host.route.transact(
+            [rtlink.put_neighbour(bridge.ifindex, cidr, mac) for cidr in self._addresses]
+        )
+
+
+class Users:
+    """Who is there to have an address: the pods at a bridge."""
+
+    __slots__ = ("_bridge", "_deadline", "_host")
+
+    def __init__(self, host: Host, bridge: str) -> None:
+        self._host = host
+        self._bridge = bridge
+        self._deadline = 0.0
+
+    def have(self, text: str) -> bool:
+        """Whether one of them has the address; True when that cannot be told in time."""
+        route = self._host.route
+        bridge = find(route, self._bridge)
+        if bridge is None or not ports(route, bridge):
+            return False
+        now = time.monotonic()
+        self._deadline = self._deadline or now + _PROBES_S
+        if now > self._deadline:
+            return True
+        from cni.net.probe import answers
+
+        try:
+            return answers(self._bridge, bridge.mac, Cidr(*parse_ip(text), 0), _PROBE_S)
+        except OSError as exc:
+            self._host.note(f"bridge: cannot ask the pods at {self._bridge} for {text}: {exc.strerror}")
+            return True
+
+
+def _route_steps(
+    ifname: str, ifindex: int, ips: list[gojson.Object], routes: list[gojson.Object]
+) -> list[tuple[Message, str]]:
+    """A message for each route that differs from those before it, and the words for its refusal."""
+    first: dict[int, tuple[int, int]] = {}
+    for ip in ips:
+        if ip.get("gateway"):
+            gateway = parse_ip(str(ip["gateway"]))
+            first.setdefault(gateway[0], gateway)
+    steps, seen = [], set()
+    for route in routes:
+        dst = parse_cidr(str(route["dst"])).network()
+        via = parse_ip(str(route["gw"])) if route.get("gw") else first.get(dst.family)
+        table, priority, scope = (_number(route, name) for name in ("table", "priority", "scope"))
+        key = (dst, via, table, priority)
+        if key in seen:
+            continue
+        seen.add(key)
+        shown = "<nil>" if via is None else str(Cidr(*via, 128)).partition("/")[0]
+        text = f"failed to add route '{route['dst']} via {shown} dev {ifname}'"
+        steps.append((rtlink.add_route(ifindex, dst, via, priority, table, scope), text))
+    return steps
+
+
+def _address(message: NetlinkMessage) -> AddressState:
+    return AddressState(message.body)
+
+
+def _number(record: gojson.Object, name: str) -> int:
+    value = record.get(name)
+    return int(value) if isinstance(value, int | float) else 0

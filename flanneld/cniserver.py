@@ -1,0 +1,344 @@
+"""Serves calls of the CNI plugin: the daemon's end of the warm path.
+
+The plugin's shim connects for each call, hands over what the daemon could not open by itself, and prints what
+comes back. Whatever goes wrong before a call is begun is answered with "declined" or a closed connection, and
+the plugin carries it out in its own process.
+
+Decision: threads that block in accept(2), no event loop. The kernel wakes one for each call, so that nothing
+stands between a call and the thread that serves it; and netlink answers within the system call that asks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import struct
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from functools import partial
+from threading import Event, Lock, Thread
+from typing import TYPE_CHECKING
+
+from cni.errors import INTERNAL, ConfigError
+from cni.handler import Response, handle
+from cni.host import Declined
+from cni.plugins import registry
+from cni.spec import gojson
+from cni.spec.request import Request
+from flanneld import cniwire, metrics, rootfiles
+from flanneld.cnihost import Passed, Shared, Sockets, WarmHost, same_file
+from flanneld.cnisocket import Place, Reading, receive_head, receive_rest, send
+from flanneld.cniwire import Header, WireError
+from flanneld.log import V2, logger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cni.handler import Plugin
+    from cni.host import Host
+
+    Find = Callable[[str], Callable[[Host], Plugin] | None]
+
+_WORKERS = 16
+_REQUEST_S, _STOP_S = 10.0, 10.0
+_SELDOM_S = 60.0
+_PAUSE_S = 0.1  # after accept(2) failed, for want of descriptors
+# Python's own 5 ms are how long a thread that computes may keep another from going on. A call does some
+# thirty system calls, after each of which it would wait that long while thousands of peers are programmed.
+_SWITCH_S = 0.0002
+
+
+class Call:
+    """One request as it came. `received_s` is the monotonic clock's."""
+
+    __slots__ = ("environment", "name", "netns_error", "patience_s", "received_s", "stdin")
+
+    def __init__(self, header: Header, data: bytes) -> None:
+        """Raises WireError."""
+        self.name, self.environment, self.stdin = header.texts(data)
+        self.netns_error = header.netns_error
+        self.patience_s = header.patience_ms / 1000
+        self.received_s = time.monotonic()
+
+    @property
+    def command(self) -> str:
+        return self.environment.get("CNI_COMMAND", "")
+
+    @property
+    def container_id(self) -> str:
+        return self.environment.get("CNI_CONTAINERID", "")
+
+
+class CniServer:
+    """Serves from construction to `close`; raises ConfigError when the socket cannot be made.
+
+    `find` gives the plugin for a name.
+    """
+
+    def __init__(self, path: str, find: Find = registry.find) -> None:
+        if not rootfiles.supported():
+            raise ConfigError("the kernel has no openat2 (Linux 5.6), or a filter of system calls forbids it")
+        self._find = find
+        self._own_netns = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self._place = Place(path)
+        except OSError as exc:
+            os.close(self._own_netns)
+            reason = f"{exc.strerror}: {exc.filename}" if exc.filename else exc.strerror or exc
+            raise ConfigError(f"cannot make --cni-socket={path}: {reason}") from None
+        for name in registry.NAMES:
+            find(name)  # imported now, not while the first pod waits
+        sys.setswitchinterval(_SWITCH_S)
+        self._shared = Shared()
+        self._turns = Turns()
+        self._stopping = Event()
+        self._reading = Reading()
+        self._refused, self._broken, self._failing = Seldom(), Seldom(), Seldom()
+        self._workers = [
+            Thread(target=self._work, name=f"cni-{number}", daemon=True) for number in range(_WORKERS)
+        ]
+        for worker in self._workers:
+            worker.start()
+        logger.info("Serving CNI calls at %s", path)
+
+    def close(self) -> None:
+        """Take no further call, and wait for those that are being served; 10 seconds at most."""
+        deadline = time.monotonic() + _STOP_S
+        self._stopping.set()
+        self._place.close()
+        self._reading.stop()
+        for worker in self._workers:
+            worker.join(max(0.0, deadline - time.monotonic()))
+        left = sum(worker.is_alive() for worker in self._workers)
+        if left:
+            logger.warning(
+                "%d CNI calls are not done after %.0f s; the plugin will see to them", left, _STOP_S
+            )
+            return
+        self._shared.close()
+        os.close(self._own_netns)
+
+    def _work(self) -> None:
+        with Sockets() as sockets:
+            while (connection := self._accept()) is not None:
+                with connection:
+                    try:
+                        self._serve(connection, sockets)
+                    except Exception:  # noqa: BLE001 - our bug must cost one call, not the thread
+                        logger.exception("A CNI call failed in the daemon itself")
+
+    def _accept(self) -> socket.socket | None:
+        """The next connection, None at the end."""
+        while not self._stopping.is_set():
+            try:
+                return self._place.listener.accept()[0]
+            except OSError as exc:
+                if not self._stopping.is_set():
+                    self._failing.warn("Cannot accept CNI calls: %s", exc)
+                    self._stopping.wait(_PAUSE_S)
+        return None
+
+    def _serve(self, connection: socket.socket, sockets: Sockets) -> None:
+        """From greeting to reply."""
+        if not self._is_root(connection):
+            return
+        with Passed(partial(self._shared.close_after, connection)) as passed:
+            try:
+                call = self._receive(connection, passed)
+            except (WireError, OSError) as exc:
+                metrics.cni_broken()
+                self._broken.warn("A request for the CNI plugin is refused: %s", exc)
+                send(connection, cniwire.declined())
+                return
+            if call is None:
+                return
+            with metrics.CNI_IN_FLIGHT.track_inprogress():
+                reply, outcome = self._carry_out(connection, call, passed, sockets)
+                heard = send(connection, reply)
+        took_s = time.monotonic() - call.received_s
+        metrics.cni_served(call.name, call.command, outcome, took_s)
+        _log(call, outcome, took_s, heard)
+
+    def _is_root(self, connection: socket.socket) -> bool:
+        raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        pid, uid, _gid = struct.unpack("=iII", raw)
+        if uid == 0:
+            return True
+        self._refused.warn("PID %d of user %d may not call the CNI plugin here: only root may", pid, uid)
+        return False
+
+    def _receive(self, connection: socket.socket, passed: Passed) -> Call | None:
+        """The whole request, None from one who only looked in; raises WireError or OSError."""
+        deadline = time.monotonic() + _REQUEST_S
+        connection.settimeout(_REQUEST_S)
+        with self._reading.of(connection):
+            try:
+                connection.sendall(cniwire.HELLO)
+                data = receive_head(connection, passed, deadline)
+            except (BrokenPipeError, ConnectionResetError):
+                return None  # it has found another way meanwhile
+            if not data:
+                return None
+            header = Header(data)
+            passed.name(header.descriptors)
+            receive_rest(connection, data, header.total_bytes, deadline)
+        return Call(header, bytes(data))
+
+    def _carry_out(
+        self, connection: socket.socket, call: Call, passed: Passed, sockets: Sockets
+    ) -> tuple[bytes, str | int]:
+        """The reply, and the outcome for the statistics."""
+        try:
+            response = self._response(connection, call, passed, sockets)
+        except Declined as exc:
+            logger.log(V2, "CNI %s of %s is left to the plugin: %s", *_called(call), exc)
+            return cniwire.declined(), "declined"
+        stderr = response.stderr.encode("utf-8", "replace")
+        return cniwire.answer(response.exit_code, response.stdout, stderr), _outcome(response)
+
+    def _response(self, connection: socket.socket, call: Call, passed: Passed, sockets: Sockets) -> Response:
+        """What the plugin says; raises Declined if it was not begun."""
+        if not same_file(passed[cniwire.OWN], self._own_netns):
+            raise Declined("the runtime lives in another network namespace than flanneld")
+        make = self._find(call.name)
+        if make is None:
+            raise Declined("there is no such plugin")
+        netns = call.environment.get("CNI_NETNS", "")
+        with (
+            self._turns.of(call.container_id, call.patience_s) as ours,
+            closing(WarmHost(self._shared, sockets, passed, netns, call.netns_error)) as host,
+        ):
+            if not ours or _has_gone(connection):
+                raise Declined("the runtime has given up waiting")
+            if self._stopping.is_set():
+                raise Declined("flanneld stops")
+            return _handle(call, make(host))
+
+
+class _Candid:
+    """A plugin whose Declined reaches us: `handle` takes every exception but CniError for a bug of ours."""
+
+    def __init__(self, plugin: Plugin) -> None:
+        self._plugin = plugin
+        self.declined: Declined | None = None
+        self.about = plugin.about
+        self.owns_netns = plugin.owns_netns
+
+    def add(self, request: Request) -> gojson.Object:
+        with self._noticing():
+            return self._plugin.add(request)
+
+    def delete(self, request: Request) -> None:
+        with self._noticing():
+            self._plugin.delete(request)
+
+    def check(self, request: Request) -> None:
+        with self._noticing():
+            self._plugin.check(request)
+
+    def status(self, request: Request) -> None:
+        with self._noticing():
+            self._plugin.status(request)
+
+    def gc(self, request: Request) -> None:
+        with self._noticing():
+            self._plugin.gc(request)
+
+    @contextmanager
+    def _noticing(self) -> Iterator[None]:
+        try:
+            yield
+        except Declined as exc:
+            self.declined = exc
+            raise
+
+
+def _handle(call: Call, plugin: Plugin) -> Response:
+    """Raises Declined."""
+    candid = _Candid(plugin)
+    response = handle(Request(call.environment, call.stdin), candid)
+    if candid.declined is not None:
+        raise candid.declined
+    return response
+
+
+class Seldom:
+    """Says the same kind of thing once a minute, however often it happens."""
+
+    def __init__(self) -> None:
+        self._next_s = 0.0
+
+    def warn(self, text: str, *arguments: object) -> None:
+        """Log a warning, unless one was logged within the last minute."""
+        now = time.monotonic()
+        if now >= self._next_s:
+            self._next_s = now + _SELDOM_S
+            logger.warning(text, *arguments)
+
+
+class Turns:
+    """One at a time of each key, any number of keys. Nothing is kept of a key that nobody asks for."""
+
+    def __init__(self) -> None:
+        self._mutex = Lock()
+        self._waiting: dict[str, tuple[Lock, int]] = {}
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    @contextmanager
+    def of(self, key: str, patience_s: float) -> Iterator[bool]:
+        """Wait for one's turn: False if it has not come in time. No key, no waiting."""
+        if not key:
+            yield True
+            return
+        with self._mutex:
+            lock, users = self._waiting.get(key) or (Lock(), 0)
+            self._waiting[key] = lock, users + 1
+        ours = False
+        try:
+            ours = lock.acquire(timeout=patience_s)
+            yield ours
+        finally:
+            if ours:
+                lock.release()
+            with self._mutex:
+                _, users = self._waiting.pop(key)
+                if users > 1:
+                    self._waiting[key] = lock, users - 1
+
+
+def _has_gone(connection: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(connection, 0)
+    return any(event & (select.POLLHUP | select.POLLERR) for _, event in poll.poll(0))
+
+
+def _outcome(response: Response) -> str | int:
+    if not response.exit_code:
+        return "ok"
+    try:
+        return gojson.integer(gojson.load_object(response.stdout), "code", INTERNAL, 0, 2**32 - 1) or INTERNAL
+    except gojson.GoJsonError:
+        return INTERNAL
+
+
+def _called(call: Call) -> tuple[str, str]:
+    """Command and plugin, container and interface, fit for one line of a log."""
+    environment = call.environment
+    what = f"{call.command} {call.name}"
+    who = f"{call.container_id} {environment.get('CNI_IFNAME', '')}"
+    return json.dumps(what)[1:-1], json.dumps(who)[1:-1]
+
+
+def _log(call: Call, outcome: str | int, took_s: float, heard: bool) -> None:
+    if not heard:
+        logger.info("CNI %s of %s: the runtime did not wait for the answer (%s)", *_called(call), outcome)
+    elif isinstance(outcome, int):
+        logger.info("CNI %s of %s failed with code %d", *_called(call), outcome)
+    elif logger.isEnabledFor(V2):
+        logger.log(V2, "CNI %s of %s: %s after %.1f ms", *_called(call), outcome, took_s * 1000)

@@ -1,0 +1,160 @@
+"""The socket that the CNI plugin's shim connects to: its file, and what comes and goes over a connection."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from threading import Lock
+
+from flanneld import cniwire
+from flanneld.cnihost import Passed
+from flanneld.cniwire import WireError
+
+_BACKLOG = 1024
+_REPLY_S = 10.0
+_LONGEST_PATH_BYTES = 107  # of a unix socket: 108 with the final NUL
+_CHUNK_BYTES = 1 << 16
+_ANCILLARY_BYTES = socket.CMSG_SPACE(4 * len(cniwire.DESCRIPTORS))
+
+
+class Reading:
+    """The connections whose request is still on its way, which a stop does not wait for."""
+
+    def __init__(self) -> None:
+        self._mutex = Lock()
+        self._stopped = False
+        self._connections: set[socket.socket] = set()
+
+    @contextmanager
+    def of(self, connection: socket.socket) -> Iterator[None]:
+        with self._mutex:
+            self._connections.add(connection)
+            if self._stopped:
+                _end_of_input(connection)
+        try:
+            yield
+        finally:
+            with self._mutex:
+                self._connections.discard(connection)
+
+    def stop(self) -> None:
+        """Nothing more arrives: who waits for the rest of a request finds its end."""
+        with self._mutex:
+            self._stopped = True
+            for connection in self._connections:
+                _end_of_input(connection)
+
+
+class Place:
+    """The listening socket and its file, which is root's alone from its first moment. Raises OSError."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        directory = os.path.dirname(path) or "."
+        os.makedirs(directory, 0o755, exist_ok=True)
+        _require_free(path)
+        # Connecting works as soon as the name is there, so it is given to a socket that listens.
+        temporary = os.path.join(directory, f".{os.urandom(3).hex()}")
+        longest = max(len(os.fsencode(name)) for name in (path, temporary))
+        if longest > _LONGEST_PATH_BYTES:
+            raise OSError(f"a path of {longest} bytes is too long for a socket, {_LONGEST_PATH_BYTES} fit")
+        with ExitStack() as undo:
+            self.listener = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            os.fchmod(self.listener.fileno(), 0o600)  # bind(2) takes the file's mode from it
+            self.listener.bind(temporary)
+            undo.callback(os.unlink, temporary)
+            self.listener.listen(_BACKLOG)
+            self._identity = _identity(temporary)
+            os.rename(temporary, path)
+            undo.pop_all()
+
+    def close(self) -> None:
+        """Who has not been greeted yet sees the connection closed; the file goes if it is still ours."""
+        with suppress(OSError):
+            if _identity(self._path) == self._identity:
+                os.unlink(self._path)
+        # accept(2) returns in every thread; a close alone would leave them waiting.
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+
+
+def _identity(path: str) -> tuple[int, int]:
+    found = os.lstat(path)
+    return found.st_dev, found.st_ino
+
+
+def _require_free(path: str) -> None:
+    """Raise OSError if another process listens at `path`, or something other than a socket is there."""
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise OSError("there is something that is no socket")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            return  # left by one that was killed
+        except BlockingIOError:
+            pass  # it listens, and has much to do
+    raise OSError("another process listens there; stop it, or give this flanneld its own --cni-socket")
+
+
+def receive_head(connection: socket.socket, passed: Passed, deadline: float) -> bytearray:
+    """The header and what came with it, nothing from one who closed at once; raises WireError or OSError."""
+    data = bytearray()
+    while len(data) < cniwire.HEADER_BYTES:
+        _wait(connection, deadline)
+        chunk, ancillary, flags, _ = connection.recvmsg(
+            _CHUNK_BYTES, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
+        )
+        passed.adopt(ancillary)
+        if flags & socket.MSG_CTRUNC:
+            raise WireError("it came with more descriptors than there are, or than we may open")
+        if not chunk and not data:
+            return data
+        if not chunk:
+            raise WireError(f"it ends after {len(data)} bytes")
+        data += chunk
+    return data
+
+
+def receive_rest(connection: socket.socket, data: bytearray, total: int, deadline: float) -> None:
+    """Add to `data` what is missing; raises WireError or OSError."""
+    while len(data) < total:
+        _wait(connection, deadline)
+        # Descriptors that came with these bytes are dropped by the kernel, as no room is given for them.
+        chunk = connection.recv(min(_CHUNK_BYTES, total - len(data)))
+        if not chunk:
+            raise WireError(f"it ends after {len(data)} of {total} bytes")
+        data += chunk
+    if len(data) > total:
+        raise WireError(f"it is longer than the {total} bytes that it announces")
+
+
+def _wait(connection: socket.socket, deadline: float) -> None:
+    """The next call may take what is left of the time; raises TimeoutError if that is nothing."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("it did not arrive in time")
+    connection.settimeout(left)
+
+
+def send(connection: socket.socket, reply: bytes) -> bool:
+    """Whether the other end was still there to take the reply."""
+    connection.settimeout(_REPLY_S)
+    try:
+        connection.sendall(reply)
+        connection.shutdown(socket.SHUT_WR)  # the end, although a thread may hold on to the connection
+    except OSError:
+        return False
+    return True
+
+
+def _end_of_input(connection: socket.socket) -> None:
+    with suppress(OSError):  # the other end has gone
+        connection.shutdown(socket.SHUT_RD)

@@ -1,0 +1,103 @@
+"""What the CNI plugin's shim and the daemon say to each other. No socket.
+
+    daemon  HELLO     "FCNI", version, 0
+    shim    REQUEST   "FCNI", mask of descriptors, why there is no namespace, length of name, environment
+                      and stdin, the shim's patience, 0; then the three texts
+    daemon  REPLY     "FCNI", answered or declined, exit status, length of stdout and stderr; then both texts
+
+Numbers are in the machine's byte order. The descriptors travel with the first bytes of the request, in the
+order of their bits. A request is not begun before all of it is there, and a declined one never was.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+
+from cni.errors import ProtocolError
+
+MAGIC = b"FCNI"
+VERSION = 1
+HELLO = struct.pack("=4sHH", MAGIC, VERSION, 0)
+
+# Bits of the mask: the shim's namespace and root directory; then the container's namespace, and what was
+# opened in it: a route netlink socket, a packet socket, /proc/sys/net/ipv4 and, where there is one, ipv6.
+# (What /proc/sys/net itself leads to depends on who looks; what is below these two does not.)
+OWN, ROOT, NETNS, ROUTE, PACKET, IPV4, IPV6 = DESCRIPTORS = tuple(1 << bit for bit in range(7))
+_NEEDED = OWN | ROOT
+_OF_CONTAINER = NETNS | ROUTE | PACKET | IPV4
+NOT_A_NAMESPACE = -1
+
+LARGEST_BYTES = 4 << 20  # name, environment and stdin together
+_HEADER = struct.Struct("=4sIiIIIII")
+_REPLY = struct.Struct("=4sIIII")
+HEADER_BYTES = _HEADER.size
+_ANSWERED, _DECLINED = 0, 1
+
+
+class WireError(ProtocolError):
+    """What the other end sent is no request."""
+
+
+class Header:
+    """The fixed part of a request. `patience_ms` is how long the shim waits for the reply."""
+
+    __slots__ = ("_lengths", "mask", "netns_error", "patience_ms")
+
+    def __init__(self, data: bytes | bytearray) -> None:
+        """Raises WireError if the first bytes of `data` are no header."""
+        magic, mask, netns_error, *lengths, patience_ms, reserved = _HEADER.unpack_from(data)
+        if magic != MAGIC or reserved:
+            raise WireError("it does not begin as a request")
+        if mask & ~IPV6 not in (_NEEDED, _NEEDED | _OF_CONTAINER) or mask == _NEEDED | IPV6:
+            raise WireError(f"its mask of descriptors is {mask:#x}")
+        if netns_error < NOT_A_NAMESPACE or (netns_error and mask & NETNS):
+            raise WireError(f"its error for the namespace is {netns_error}")
+        if sum(lengths) > LARGEST_BYTES:
+            raise WireError(f"it announces {sum(lengths)} bytes, more than {LARGEST_BYTES}")
+        self.mask: int = mask
+        self.netns_error: int = netns_error
+        self.patience_ms: int = patience_ms
+        self._lengths: list[int] = lengths
+
+    @property
+    def total_bytes(self) -> int:
+        """The length of the whole request."""
+        return HEADER_BYTES + sum(self._lengths)
+
+    @property
+    def descriptors(self) -> list[int]:
+        """The bits that are set, in the order in which the descriptors come."""
+        return [bit for bit in DESCRIPTORS if self.mask & bit]
+
+    def texts(self, data: bytes) -> tuple[str, dict[str, str], bytes]:
+        """Name, environment and stdin of a whole request; raises WireError.
+
+        Bytes that are no UTF-8 are kept as in os.environ; of a variable that is repeated the first counts.
+        """
+        end_of_name = HEADER_BYTES + self._lengths[0]
+        end_of_environment = end_of_name + self._lengths[1]
+        environment: dict[str, str] = {}
+        block = data[end_of_name:end_of_environment]
+        *variables, rest = block.split(b"\0")
+        if rest:
+            raise WireError("its environment ends within a variable")
+        for variable in variables:
+            name, equals, value = variable.partition(b"=")
+            if not equals:
+                raise WireError("its environment has a variable without '='")
+            environment.setdefault(os.fsdecode(name), os.fsdecode(value))
+        if bool(environment.get("CNI_NETNS")) != bool(self.netns_error or self.mask & NETNS):
+            raise WireError("CNI_NETNS and the descriptors that came with it do not agree")
+        return os.fsdecode(data[HEADER_BYTES:end_of_name]), environment, data[end_of_environment:]
+
+
+def answer(exit_status: int, stdout: bytes, stderr: bytes) -> bytes:
+    """The reply to a request that was served."""
+    header = _REPLY.pack(MAGIC, _ANSWERED, exit_status, len(stdout), len(stderr))
+    return b"".join((header, stdout, stderr))
+
+
+def declined() -> bytes:
+    """The reply to a request of which nothing was done."""
+    return _REPLY.pack(MAGIC, _DECLINED, 0, 0, 0)
