@@ -13,7 +13,7 @@ from cni.ipam.store import attachment_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from cni.ipam.ranges import Address, Occupied, Range, RangeSet
     from cni.ipam.store import Held
@@ -28,9 +28,17 @@ class NothingFree(Refused):
 
 
 def take_one(
-    held: Held, index: int, one: RangeSet, wish: Address | None, owner: bytes
+    held: Held,
+    index: int,
+    one: RangeSet,
+    wish: Address | None,
+    owner: bytes,
+    is_squatted: Callable[[str], bool],
 ) -> tuple[Address, Range]:
-    """Reserve the wanted address, or else the next one of the set. Raises Refused, StoreFault."""
+    """Reserve the wanted address, or else the next one of the set. Raises Refused, StoreFault.
+
+    `is_squatted` says of an address without a reservation whether somebody has it all the same.
+    """
     taken = held.holdings.taken[one.family]
     if wish is None:
         _refuse_second(held, one, owner)
@@ -41,6 +49,8 @@ def take_one(
         nothing = f"requested IP address {address_text(wish)} is not available in range set {one}"
     for value, home in candidates:
         address = (one.family, value)
+        if is_squatted(address_text(address)):
+            continue
         if not held.take(address, owner):
             continue  # the name is taken by something that is no reservation, as a directory
         try:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_SETLINK = 16, 17, 18, 19
 RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
-_RTM_NEWNEIGH = 28
+_RTM_NEWNEIGH, _RTM_DELNEIGH, _RTM_GETNEIGH = 28, 29, 30
 
 AF_INET, AF_INET6, AF_BRIDGE = 2, 10, 7
 FAMILIES = {4: AF_INET, 6: AF_INET6}
@@ -279,8 +279,22 @@ def add_route(
     return RTM_NEWROUTE, NLM_F_CREATE, body
 
 
+def get_neighbour(ifindex: int, address: Cidr) -> Request:
+    """Ask what a link knows of an address (Linux 5.0); refused if it knows nothing."""
+    return _RTM_GETNEIGH, 0, _neighbour(ifindex, address, 0)
+
+
+def drop_neighbour(ifindex: int, address: Cidr) -> Request:
+    """Have a link forget what it knows of an address."""
+    return _RTM_DELNEIGH, 0, _neighbour(ifindex, address, 0)
+
+
+def _neighbour(ifindex: int, address: Cidr, state: int) -> bytes:
+    body = _NDMSG.pack(FAMILIES[address.family], ifindex, state, 0, 0)
+    return body + attr(_NDA_DST, _packed(address.family, address.value))
+
+
 def put_neighbour(ifindex: int, address: Cidr, mac: str) -> Request:
     """Correct what a link knows of an address's MAC; refused if it knows nothing, and then all is well."""
-    body = _NDMSG.pack(FAMILIES[address.family], ifindex, _NUD_STALE, 0, 0)
-    body += attr(_NDA_DST, _packed(address.family, address.value)) + attr(_NDA_LLADDR, mac_bytes(mac))
+    body = _neighbour(ifindex, address, _NUD_STALE) + attr(_NDA_LLADDR, mac_bytes(mac))
     return _RTM_NEWNEIGH, NLM_F_REPLACE, body

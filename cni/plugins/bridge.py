@@ -14,6 +14,7 @@ import os
 
 from cni.errors import INTERNAL, CniError, KernelError
 from cni.host import NetnsInvalid, NetnsMissing
+from cni.net import rtlink
 from cni.plugins.about import about
 from cni.plugins.bridgeadd import Attachment, Users
 from cni.plugins.bridgeconf import BridgeConf
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cni.host import Host
+    from cni.net.rtlink import LinkState
     from cni.spec.address import Cidr
     from cni.spec.request import Request
 
@@ -75,6 +77,7 @@ class Bridge:
             _try(failures, lambda: macspoof.remove(self._host, request.container_id, request.ifname))
         if ipam is not None:
             _try(failures, lambda: self._stop_masquerading(request, conf, addresses))
+        _try(failures, lambda: self._forget_neighbours(conf, addresses))
         if failures:
             raise failures[0]
 
@@ -97,8 +100,7 @@ class Bridge:
         conf = BridgeConf(request)
         conf.check_for_add()
         if conf.ipam_type:
-            users = Users(self._host, conf.bridge)
-            Ipam(self._host, conf.ipam_type, request, users.have).status()
+            Ipam(self._host, conf.ipam_type, request, Users(self._host, conf.bridge)).status()
 
     def gc(self, request: Request) -> None:
         """Release the addresses and the rules of attachments that the runtime no longer knows."""
@@ -119,6 +121,12 @@ class Bridge:
         container_id, ifname = request.container_id, request.ifname
         masq.remove(self._host, conf.name, container_id, ifname, addresses or None)
 
+    def _forget_neighbours(self, conf: BridgeConf, addresses: list[Cidr]) -> None:
+        """What the host knows of the addresses is wrong from now on."""
+        bridge = find(self._host.route, conf.bridge) if addresses else None
+        if bridge is not None:
+            self._host.route.transact([rtlink.drop_neighbour(bridge.ifindex, cidr) for cidr in addresses])
+
     def _unplug(self, request: Request, conf: BridgeConf, addresses: list[Cidr]) -> None:
         """Delete the container's link; where its namespace is gone, what may be left of it on the host.
 
@@ -134,9 +142,7 @@ class Bridge:
         link = find(netns.route, request.ifname)
         if link is None:
             return
-        wanted = result.interface(conf.prev_result, request.ifname, request.netns)
-        # Paths as /proc/PID/ns/net are used again.
-        if wanted is not None and wanted.get("mac") not in (None, "", link.mac):
+        if self._is_somebody_elses(link, request, conf):
             self._host.note(
                 f"bridge: {request.ifname} in {request.netns} is another attachment's, left alone"
             )
@@ -146,6 +152,19 @@ class Bridge:
         if number not in (0, ENODEV):
             reason = os.strerror(number).lower()
             raise CniError(INTERNAL, f"failed to delete {gojson.dumps(request.ifname)}: {reason}")
+
+    def _is_somebody_elses(self, link: LinkState, request: Request, conf: BridgeConf) -> bool:
+        """Whether prevResult knows neither this MAC nor this link's other end.
+
+        Paths as /proc/PID/ns/net are used again. A MAC alone tells little: a pod may have changed it.
+        """
+        wanted = result.interface(conf.prev_result, request.ifname, request.netns)
+        if wanted is None or wanted.get("mac") in (None, "", link.mac):
+            return False
+        answer = self._host.route.request(*rtlink.get_link(ifindex=link.peer))
+        end = rtlink.LinkState(answer.messages[0].body) if answer.messages else None
+        known = [(one.get("name"), one.get("mac")) for one in result.interfaces(conf.prev_result)]
+        return end is None or (end.name, end.mac) not in known
 
     def _unplug_from_host(self, conf: BridgeConf) -> None:
         """Delete the host end, if prevResult tells which it is: a namespace without a path may live on."""

@@ -19,7 +19,6 @@ from cni.plugins.bridgegate import Gateway
 from cni.plugins.bridgeport import await_port, ensure_bridge, plug
 from cni.plugins.ipam import Ipam
 from cni.plugins.links import carry_out, ensure, expect, find, objects, ports, random_mac, try_write
-from cni.spec import result
 from cni.spec.address import Cidr, parse_cidr, parse_ip
 
 TYPE_CHECKING = False
@@ -44,8 +43,8 @@ class Attachment:
         self._host = host
         self._request = request
         self._conf = conf
-        users = Users(host, conf.bridge)
-        self._ipam = Ipam(host, conf.ipam_type, request, users.have) if conf.ipam_type else None
+        self._ipam = Ipam(host, conf.ipam_type, request, Users(host, conf.bridge)) if conf.ipam_type else None
+        self._gateway: Gateway | None = None
         self._veth = ""
         self._allotted: gojson.Object | None = None
         self._rules: list[str] = []
@@ -70,8 +69,11 @@ class Attachment:
             self._rules.append("macspoof")
             macspoof.add(self._host, self._request.container_id, self._request.ifname, port.name, mac)
         if self._ipam is not None:
+            if conf.gateway:
+                self._gateway = Gateway(self._host, conf, bridge, port)
+                self._gateway.check(self._ipam.gateways())
             self._allotted = self._ipam.add()
-            made |= self._layer3(bridge, netns, port, mac, interfaces)
+            made |= self._layer3(netns, port, interfaces)
         elif not conf.interface_down:
             name = self._request.ifname
             expect(netns.route.request(*rtlink.set_link(port.peer, up=True)), f'failed to set "{name}" up')
@@ -79,7 +81,9 @@ class Attachment:
             await_port(self._host, port)
         if self._addresses:
             self._announce(bridge, netns, port, mac)
-        dns = result.parse_dns(self._request.config) or made.get("dns")
+        dns = made.pop("dns", None)
+        if conf.dns is not None:
+            dns = conf.dns
         return {**made, "dns": dns} if dns else made
 
     def undo(self) -> None:
@@ -108,14 +112,7 @@ class Attachment:
         """What the container was allotted."""
         return [parse_cidr(str(one["address"])) for one in objects(self._allotted or {}, "ips")]
 
-    def _layer3(
-        self,
-        bridge: LinkState,
-        netns: Netns,
-        port: LinkState,
-        mac: str,
-        interfaces: list[gojson.Object],
-    ) -> gojson.Object:
+    def _layer3(self, netns: Netns, port: LinkState, interfaces: list[gojson.Object]) -> gojson.Object:
         """Configure what IPAM allotted; the members of the result that come of it."""
         conf, allotted = self._conf, self._allotted or {}
         if not self._addresses:
@@ -124,11 +121,11 @@ class Attachment:
         ips = [self._with_gateway(one) for one in objects(allotted, "ips")]
         routes = self._with_default_routes(objects(allotted, "routes"), ips)
         self._configure(netns, port.peer, ips, routes)
-        if conf.gateway:
-            gateway = Gateway(self._host, conf, bridge, port)
-            gateway.set_up(ips)
-            if gateway.vlan_link is not None:
-                interfaces.append({"name": gateway.vlan_link.name, "mac": gateway.vlan_link.mac})
+        if self._gateway is not None:
+            self._gateway.set_up(ips)
+            extra = self._gateway.vlan_link
+            if extra is not None:
+                interfaces.append({"name": extra.name, "mac": extra.mac})
         if conf.masquerade:
             from cni.plugins import masq
 
@@ -241,19 +238,34 @@ class Attachment:
 class Users:
     """Who is there to have an address: the pods at a bridge."""
 
-    __slots__ = ("_bridge", "_deadline", "_host")
+    __slots__ = ("_bridge", "_deadline", "_host", "_link")
 
     def __init__(self, host: Host, bridge: str) -> None:
         self._host = host
         self._bridge = bridge
+        self._link: LinkState | None = None
         self._deadline = 0.0
 
     def have(self, text: str) -> bool:
         """Whether one of them has the address; True when that cannot be told in time."""
-        route = self._host.route
-        bridge = find(route, self._bridge)
-        if bridge is None or not ports(route, bridge):
+        bridge = find(self._host.route, self._bridge)
+        if bridge is None or not ports(self._host.route, bridge):
             return False
+        return self._answer(bridge, text)
+
+    def are_known_to_have(self, text: str) -> bool:
+        """Whether the host has heard lately from somebody who has the address, and he still answers.
+
+        A look at what the host knows costs next to nothing; nobody is asked unless there is reason to.
+        """
+        if self._link is None:
+            self._link = find(self._host.route, self._bridge)
+        if self._link is None:
+            return False
+        known = self._host.route.request(*rtlink.get_neighbour(self._link.ifindex, Cidr(*parse_ip(text), 0)))
+        return bool(known.messages) and self._answer(self._link, text)
+
+    def _answer(self, bridge: LinkState, text: str) -> bool:
         now = time.monotonic()
         self._deadline = self._deadline or now + _PROBES_S
         if now > self._deadline:

@@ -57,7 +57,9 @@ def check(host: Host, netns: Netns, request: Request, conf: BridgeConf) -> None:
 
 def _parse_prev(conf: BridgeConf, wanted: str) -> gojson.Object:
     try:
-        return result.convert(result.parse(conf.prev_result or {}, wanted or version.ABSENT), "1.0.0")
+        known = result.parse(conf.prev_result or {}, wanted or version.ABSENT)
+        result.check_family(str(known["cniVersion"]), wanted)
+        return result.convert(known, "1.0.0")
     except result.ResultError as exc:
         raise CniError(INTERNAL, f"could not parse prevResult: {exc}") from None
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from cni.errors import INTERNAL, INVALID_CONFIG, CniError
 from cni.spec import args, gojson
+from cni.spec.result import parse_dns
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 _INT64 = 2**63 - 1
 _HIGHEST_VLAN = 4094
+_HEX = frozenset("0123456789abcdefABCDEF")
 _LONGEST_NAME = 15  # the kernel's IFNAMSIZ less the final NUL
 _SMALLEST_IPV6_MTU = 1280  # RFC 8200, section 5
 
@@ -30,7 +32,10 @@ KEYS = frozenset(
 
 
 class BridgeConf:
-    """The keys of the netconf with their defaults; `mac` is the one that is asked for, or empty."""
+    """The keys of the netconf with their defaults; `mac` is the one that is asked for, or empty.
+
+    `dns` takes the place of what IPAM says, None does not.
+    """
 
     __slots__ = (
         "bridge",
@@ -87,7 +92,7 @@ class BridgeConf:
         self.isolated = gojson.typed(record, "portIsolation", bool, False)
         ipam: gojson.Object = gojson.typed(record, "ipam", dict, {})
         self.ipam_type = gojson.typed(ipam, "type", str, "")
-        self.dns: gojson.Object = gojson.typed(record, "dns", dict, {})
+        self.dns = _dns(record)
         self.prev_result: gojson.Object | None = None
         if gojson.member(record, "prevResult") is not None:
             self.prev_result = gojson.typed(record, "prevResult", dict, {})
@@ -115,6 +120,8 @@ class BridgeConf:
                 f"failed to create bridge {shown}: bridge must be the name of a link, "
                 f"1 to {_LONGEST_NAME} bytes without '/', ':' and white space",
             )
+        if self.mac:
+            self.mac = _parse_mac(self.mac)
         if self.masquerade_backend not in ("", "iptables", "nftables"):
             raise CniError(INTERNAL, f"unknown ipmasq backend {gojson.dumps(self.masquerade_backend)}")
 
@@ -137,6 +144,24 @@ def _requested_mac(record: gojson.Object) -> str:
     runtime: gojson.Object = gojson.typed(record, "runtimeConfig", dict, {})
     from_args = gojson.typed(cni, "mac", str, "")
     return gojson.typed(runtime, "mac", str, "") or from_args
+
+
+def _dns(record: gojson.Object) -> gojson.Object | None:
+    """What the netconf says of DNS, None if nothing: upstream takes an empty list for something."""
+    given: gojson.Object = gojson.typed(record, "dns", dict, {})
+    parsed = parse_dns(record)
+    lists = any(gojson.member(given, name) is not None for name in ("nameservers", "search", "options"))
+    return parsed if lists or parsed else None
+
+
+def _parse_mac(text: str) -> str:
+    """A MAC in one of the forms that Go reads, as the kernel's tools print it; raises CniError 999."""
+    for separator, length in ((":", 2), ("-", 2), (".", 4)):
+        parts = text.split(separator)
+        digits = "".join(parts)
+        if len(digits) == 12 and all(len(part) == length for part in parts) and _HEX.issuperset(digits):
+            return bytes.fromhex(digits).hex(":")
+    raise CniError(INTERNAL, f"failed to make veth pair: address {text}: invalid MAC address")
 
 
 def _trunk(entries: list[object]) -> tuple[int, ...]:

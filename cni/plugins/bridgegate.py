@@ -21,7 +21,7 @@ FORWARDING = {4: "ipv4/ip_forward", 6: "ipv6/conf/all/forwarding"}
 class Gateway:
     """The gateway of one pod's networks. `port` is that pod's, a port of `bridge`."""
 
-    __slots__ = ("_bridge", "_conf", "_host", "_link", "_port")
+    __slots__ = ("_bridge", "_conf", "_host", "_link", "_port", "_present")
 
     def __init__(self, host: Host, conf: BridgeConf, bridge: LinkState, port: LinkState) -> None:
         """Raises CniError if the interface of the VLAN cannot be made."""
@@ -30,11 +30,19 @@ class Gateway:
         self._bridge = bridge
         self._port = port
         self._link = ensure_vlan_link(host, conf, bridge) if conf.vlan else bridge
+        self._present: dict[int, list[Cidr]] = {}
 
     @property
     def vlan_link(self) -> LinkState | None:
         """The interface that has the addresses, if that is not the bridge."""
         return self._link if self._conf.vlan else None
+
+    def check(self, wanted: list[Cidr]) -> None:
+        """Raise CniError if `set_up` would fail for these: before an address is reserved in vain."""
+        for cidr in wanted:
+            clashes = self._clashes(cidr)
+            if clashes:
+                self._check_replaceable(clashes, cidr)
 
     def set_up(self, ips: list[gojson.Object]) -> None:
         """Put the gateways of `ips` on the link, IPv4 first, and switch forwarding on. Raises CniError."""
@@ -51,15 +59,25 @@ class Gateway:
         return f"failed to set {where}"
 
     def _ensure_addresses(self, family: int, wanted: list[Cidr]) -> None:
-        present = [one.cidr for one in addresses(self._host.route, family, self._link)]
         for cidr in wanted:
-            if cidr in present:
+            if cidr in self._addresses(family):
                 continue
-            clashes = [one for one in present if family == 4 or _overlap(one, cidr)]
-            if clashes:
-                self._replace(clashes, cidr)
-                present = [one for one in present if one not in clashes]
+            self._replace(self._clashes(cidr), cidr)
             self._add(cidr)
+
+    def _addresses(self, family: int) -> list[Cidr]:
+        """What the link had when it was first looked at, less what was removed since."""
+        if family not in self._present:
+            found = addresses(self._host.route, family, self._link)
+            self._present[family] = [one.cidr for one in found]
+        return self._present[family]
+
+    def _clashes(self, wanted: Cidr) -> list[Cidr]:
+        """The addresses that `wanted` cannot stand beside: any of IPv4, those of IPv6 that overlap."""
+        present = self._addresses(wanted.family)
+        if wanted in present:
+            return []
+        return [one for one in present if wanted.family == 4 or _overlap(one, wanted)]
 
     def _add(self, cidr: Cidr) -> None:
         link, detect = self._link, self._conf.detect_duplicates
@@ -76,8 +94,8 @@ class Gateway:
             raise CniError(INTERNAL, text)
         expect(pinned, f"{self._failed}: could not set bridge's mac")
 
-    def _replace(self, clashes: list[Cidr], wanted: Cidr) -> None:
-        """Remove addresses that `wanted` cannot stand beside: if so asked, or if no other pod needs them."""
+    def _check_replaceable(self, clashes: list[Cidr], wanted: Cidr) -> None:
+        """Raise CniError unless they may go: it was asked for, or no other pod needs them."""
         name, listed = self._link.name, ", ".join(map(str, clashes))
         others = [one for one in ports(self._host.route, self._bridge) if one.name != self._port.name]
         if others and not self._conf.force_address:
@@ -87,10 +105,18 @@ class Gateway:
                 f"stop those pods, or set forceAddress, or delete {name}"
             )
             raise CniError(INTERNAL, text, details)
-        self._host.note(f"bridge: {wanted} takes the place of {listed} on {name}")
+
+    def _replace(self, clashes: list[Cidr], wanted: Cidr) -> None:
+        """Remove addresses that are in the way."""
+        if not clashes:
+            return
+        self._check_replaceable(clashes, wanted)
+        name = self._link.name
+        self._host.note(f"bridge: {wanted} takes the place of {', '.join(map(str, clashes))} on {name}")
         for clash in clashes:
             answer = self._host.route.request(*rtlink.drop_address(self._link.ifindex, clash))
             expect(answer, f'{self._failed}: could not remove IP address from "{name}"')
+            self._present[wanted.family].remove(clash)
 
     def _why_no_ipv6(self) -> str:
         name = self._link.name

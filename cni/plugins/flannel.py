@@ -197,10 +197,13 @@ class Flannel:
 
         Best effort: what fails is noted, and the DEL succeeds as upstream's does.
         """
-        if not conf.store or not self._holds_address(request, conf):
+        # With prevResult the bridge can tell the attachment's link from another.
+        if conf.prev_result is None and not (conf.store and self._holds_address(request, conf)):
             return
         attachment = f"{request.container_id} {request.ifname}"
-        self._host.note(f"flannel: no scratch file of {attachment}, but an address in {conf.store}")
+        self._host.note(
+            f"flannel: no scratch file of {attachment}, but a result or an address in {conf.store}"
+        )
         try:
             self._detach(request, conf, _encode(self._rebuilt(conf)))
         except CniError as exc:

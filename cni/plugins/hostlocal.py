@@ -26,12 +26,13 @@ from cni.ipam.reclaim import RESULTS, Reclaimer
 from cni.ipam.store import Held, Store, StoreFault, attachment_of, bare_owner, owner_of
 from cni.plugins.about import about
 from cni.spec import gojson, result
-from cni.spec.address import parse_cidr
+from cni.spec.address import Cidr, parse_cidr
 from cni.spec.netconf import NetConf
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Protocol
 
     from cni.host import Host
     from cni.ipam.index import Indexes
@@ -40,7 +41,16 @@ if TYPE_CHECKING:
     from cni.spec.request import Request
 
     Report = Callable[[str, int, int, int], None]
-    InUse = Callable[[str], bool]
+
+    class AddressUsers(Protocol):
+        """Those who may have an address, as the kernel knows them."""
+
+        def have(self, text: str) -> bool:
+            """Whether somebody has the address; True when that cannot be told."""
+
+        def are_known_to_have(self, text: str) -> bool:
+            """The same, asked for each address that is given, and so of nobody without reason."""
+
 
 _STORE_MODE = 0o755
 _LARGEST_RESOLV_CONF_BYTES = 1 << 20
@@ -52,25 +62,26 @@ class HostLocal:
 
     `indexes` spares the reading of whole stores, for who lives longer than one call. `report` is told after
     each ADD, for each range set: network, index of the set, addresses in use, addresses in all; without it a
-    set that is nearly used up is noted. `in_use` says whether the kernel knows an address as somebody's, and
-    `results` is where the runtime saves results: both are asked before a reservation of an earlier boot goes.
+    set that is nearly used up is noted. `users` are asked whether somebody has an address, and `results` is
+    where the runtime saves results: both count before a reservation of an earlier boot goes.
     """
 
-    __slots__ = ("_host", "_in_use", "_indexes", "_report", "_results")
+    __slots__ = ("_host", "_indexes", "_parsed", "_report", "_results", "_users")
 
     def __init__(
         self,
         host: Host,
         indexes: Indexes | None = None,
         report: Report | None = None,
-        in_use: InUse | None = None,
+        users: AddressUsers | None = None,
         results: str = RESULTS,
     ) -> None:
         self._host = host
         self._indexes = host.indexes if indexes is None else indexes
         self._report = host.report if report is None else report
-        self._in_use = in_use
+        self._users = users
         self._results = results
+        self._parsed: tuple[Request, IpamConfig] | None = None
 
     @property
     def about(self) -> str:
@@ -82,7 +93,7 @@ class HostLocal:
 
     def add(self, request: Request) -> gojson.Object:
         """Reserve an address of each range set; the result in the requested version. Raises CniError 999."""
-        config = _config(request)
+        config = self._config(request)
         dns = self._resolver(config.resolv_conf)
         owner = owner_of(request.container_id, request.ifname)
         try:
@@ -108,6 +119,21 @@ class HostLocal:
             return result.convert(record, config.version)
         except result.ResultError as exc:
             raise CniError(INTERNAL, str(exc)) from None
+
+    def gateways(self, request: Request) -> list[Cidr]:
+        """The gateway of each set that has just one; raises CniError 999."""
+        found = []
+        for one in self._config(request).sets:
+            known = {(home.gateway, home.subnet.prefix) for home in one.ranges}
+            gateway, prefix = next(iter(known))
+            if len(known) == 1 and gateway[0] == one.family:
+                found.append(Cidr(*gateway, prefix))
+        return found
+
+    def _config(self, request: Request) -> IpamConfig:
+        if self._parsed is None or self._parsed[0] is not request:
+            self._parsed = request, _config(request)
+        return self._parsed[1]
 
     def undo(self, request: Request, made: gojson.Object) -> None:
         """Release the addresses in `made`, this request's result, and no others. Raises CniError 999."""
@@ -277,13 +303,20 @@ class HostLocal:
         """An address of one set with its range. Raises CniError, StoreFault."""
         try:
             try:
-                return take_one(held, index, one, wish, owner)
+                return take_one(held, index, one, wish, owner, self._is_squatted)
             except NothingFree:
                 if not self._reclaimer(place).when_exhausted(held):
                     raise
-                return take_one(held, index, one, wish, owner)
+                return take_one(held, index, one, wish, owner, self._is_squatted)
         except Refused as exc:
             raise CniError(INTERNAL, f"failed to allocate for range {index}: {exc}") from None
+
+    def _is_squatted(self, text: str) -> bool:
+        """Whether somebody has an address that is free by this store: podman's, say, which has its own."""
+        if self._users is None or not self._users.are_known_to_have(text):
+            return False
+        self._host.note(f"host-local: {text} is not reserved here, yet somebody answers for it; passed over")
+        return True
 
     def _look_back(self, place: Place, held: Held) -> None:
         """See to what earlier boots left, if this is the boot's first ADD."""
@@ -294,7 +327,8 @@ class HostLocal:
             view.settled = True
 
     def _reclaimer(self, place: Place) -> Reclaimer:
-        return Reclaimer(self._host.files, self._host.note, place, self._in_use, self._results)
+        in_use = None if self._users is None else self._users.have
+        return Reclaimer(self._host.files, self._host.note, place, in_use, self._results)
 
     def _tell(self, network: str, index: int, one: RangeSet, used: int) -> None:
         if self._report is not None:

@@ -12,10 +12,10 @@ from cni.spec import result, version
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from cni.host import Host
+    from cni.plugins.hostlocal import AddressUsers
     from cni.spec import gojson
+    from cni.spec.address import Cidr
     from cni.spec.request import Request
 
 _BUILT_IN = "host-local"
@@ -26,18 +26,15 @@ class Ipam:
 
     __slots__ = ("_built_in", "_host", "_kind", "_path", "_request")
 
-    def __init__(
-        self, host: Host, kind: str, request: Request, in_use: Callable[[str], bool] | None = None
-    ) -> None:
+    def __init__(self, host: Host, kind: str, request: Request, users: AddressUsers | None = None) -> None:
         """Raises CniError if there is no such plugin, Declined where it cannot be executed.
 
-        `in_use` says whether somebody has an address that was reserved before this boot.
+        `users` are those who may have an address that no reservation, or one of an earlier boot, tells of.
         """
         self._host = host
         self._kind = kind
         self._request = request
-        ours = HostLocal(host, host.indexes, host.report, in_use) if kind == _BUILT_IN else None
-        self._built_in = ours
+        self._built_in = HostLocal(host, users=users) if kind == _BUILT_IN else None
         self._path = "" if self._built_in else host.find_program(kind, request.path)
 
     def add(self) -> gojson.Object:
@@ -47,6 +44,10 @@ class Ipam:
         else:
             made = self._parse(self._run("ADD"))
         return result.convert(made, "1.0.0")
+
+    def gateways(self) -> list[Cidr]:
+        """The gateways of the addresses that an ADD may give, as far as they can be told before. CniError."""
+        return [] if self._built_in is None else self._built_in.gateways(self._request)
 
     def undo(self, made: gojson.Object) -> None:
         """Take back an ADD that gave `made`; raises CniError."""

@@ -51,6 +51,14 @@ def convert(result: gojson.Object, version: str) -> gojson.Object:
     return {"cniVersion": version, **_parse_modern(modern, target)}
 
 
+def check_family(declared: str, wanted: str) -> None:
+    """Raise ResultError unless a result of version `declared` is read by who speaks `wanted`."""
+    form = _form(wanted)
+    if declared not in form:
+        text = f"result type supports [{' '.join(form)}] but unmarshalled CNIVersion is "
+        raise ResultError(text + gojson.dumps(declared))
+
+
 def with_gateways(result: gojson.Object) -> gojson.Object:
     """A middle or current result whose routes name the gateway that the plugins gave them in the kernel.
 

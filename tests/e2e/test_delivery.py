@@ -341,7 +341,7 @@ def test_the_network_stays_while_a_pod_is_replaced(machines_of: Callable[[int], 
 @pytest.fixture
 def generations(image: tuple[Path, Json]) -> Iterator[Callable[[], str]]:
     """Make the plugin in the image another one with each call, as an upgrade does."""
-    mark = image[0] / "flannel" / "flannel-lib" / "generation"
+    mark = image[0] / "opt" / "cni-bin" / "flannel-lib" / "generation"
     numbers = itertools.count()
 
     def make() -> str:
@@ -388,7 +388,7 @@ def test_no_call_fails_while_the_plugin_is_upgraded(
 def test_a_call_that_runs_outlives_two_upgrades(
     machines_of: Callable[[int], list[Machine]], generations: Callable[[], str]
 ) -> None:
-    """The call waits for its configuration on stdin; most of its modules are loaded only afterwards."""
+    """The cold path waits for its configuration on stdin; most of its modules are loaded only afterwards."""
     (machine,) = machines_of(1)
     machine.kubelet.run_init_containers()
     machine.start()
@@ -398,6 +398,7 @@ def test_a_call_that_runs_outlives_two_upgrades(
         "CNI_CONTAINERID": netns,
         "CNI_NETNS": f"/run/netns/{netns}",
         "CNI_IFNAME": "eth0",
+        "FLANNEL_CNI_SOCKET": "",
     }
     conflist = machine.conflist
     netconf = {**conflist["plugins"][0], "name": conflist["name"], "cniVersion": conflist["cniVersion"]}

@@ -84,10 +84,19 @@ class Runtime:
 
     `conflist` is the parsed file of /etc/cni/net.d, `cni_path` the folders searched for plugins,
     `cache_dir` takes the results; the plugins' stderr is appended to `<cache_dir>/plugins.log`.
+    `cni_socket` is the node's daemon, None for the one at the usual place.
     Methods raise PluginError when a plugin refuses, LabError when one cannot be run.
     """
 
-    def __init__(self, conflist: Json, cni_path: Sequence[Path], cache_dir: Path, netns: str) -> None:
+    def __init__(
+        self,
+        conflist: Json,
+        cni_path: Sequence[Path],
+        cache_dir: Path,
+        netns: str,
+        cni_socket: Path | None = None,
+    ) -> None:
+        self._socket = {} if cni_socket is None else {"FLANNEL_CNI_SOCKET": str(cni_socket)}
         self.conflist = conflist
         self.netns = netns
         self._cni_path = [str(path) for path in cni_path]
@@ -179,6 +188,7 @@ class Runtime:
             "CNI_IFNAME": attachment.ifname,
             "CNI_ARGS": attachment.args,
             "CNI_PATH": ":".join(self._cni_path),
+            **self._socket,
         }
         try:
             done = subprocess.run(

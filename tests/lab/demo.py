@@ -38,7 +38,7 @@ from tests.lab.steps import STORES, Demo, Screen
 
 PROGRAMS = ("ip", "bridge", "sysctl", "ping", "tcpdump")
 STORE_PROGRAMS: Mapping[str, tuple[str, ...]] = {"sqlite": (), "etcd": ("etcd", "etcdctl")}
-PLUGINS = ("flannel", "bridge", "host-local", "portmap")
+PLUGINS = ("flannel", "portmap")
 TAIL_LINES = 15
 
 BUILD = "build it first: make build"
@@ -81,8 +81,9 @@ class Options:
             raise UsageError(f"KEEP={keep}: must be 0 or 1")
         daemon = shlex.split(environment.get("PFL_FLANNELD", "")) or FROZEN
         plugins = Path(environment.get("PFL_CNI_BIN") or CNI_BIN)
+        cni_path = (plugins, plugins / "optional", UPSTREAM_CNI_BIN)
         directory = Path(environment.get("PFL_DEMO_DIR") or "/tmp/pyflannel-demo")
-        return cls(bool(arguments), store, keep == "1", tuple(daemon), (plugins, UPSTREAM_CNI_BIN), directory)
+        return cls(bool(arguments), store, keep == "1", tuple(daemon), cni_path, directory)
 
 
 def require(options: Options) -> None:

@@ -22,12 +22,12 @@ from tests.lab import net, traffic, vm
 from tests.lab.demo import Interrupted, claim, discard, interrupt, report
 from tests.lab.machine import LAUNCHER, Machine
 from tests.lab.net import ENDING_SIGNALS, Lab, LabError
-from tests.lab.node import CNI_BIN, FROZEN, UPSTREAM_CNI_BIN, Node, Pod, sqlite_store
+from tests.lab.node import CNI_BIN, FROZEN, Node, Pod, sqlite_store
 from tests.lab.steps import Screen
 
 DIRECTORY = Path("/tmp/pyflannel-demo-vm")
 NETWORK_CONFIG = {"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan"}}
-PLUGINS = (CNI_BIN, UPSTREAM_CNI_BIN)
+PLUGINS = (CNI_BIN, CNI_BIN / "optional")
 PORT = 7007
 BINDINGS = {"vm1": "bridge", "vm2": "masquerade"}
 

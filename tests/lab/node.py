@@ -208,7 +208,8 @@ class Node:
 
     def runtime(self, cni_path: Sequence[Path]) -> Runtime:
         """A container runtime on this node."""
-        return Runtime(self.conflist(), cni_path, self.directory / "cni-cache", self.netns)
+        cache = self.directory / "cni-cache"
+        return Runtime(self.conflist(), cni_path, cache, self.netns, self.cni_socket)
 
     def add_pod(self, name: str, cni_path: Sequence[Path], *port_mappings: Json) -> Pod:
         """Make a pod and ADD it to the network; each port mapping is {hostPort, containerPort, protocol}."""

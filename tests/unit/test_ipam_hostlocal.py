@@ -33,6 +33,7 @@ class Rig:
         self.notes: list[str] = []
         self.reports: list[tuple[str, int, int, int]] = []
         self.alive = {"10.0.0.6"}
+        self.squatted: set[str] = set()
         self.indexes: Indexes | None = None
         self.reporting = True
 
@@ -43,9 +44,15 @@ class Rig:
             host,
             self.indexes,
             (lambda *told: self.reports.append(told)) if self.reporting else None,
-            self.alive.__contains__,
+            self,
             str(self.root / "results"),
         )
+
+    def have(self, text: str) -> bool:
+        return text in self.alive
+
+    def are_known_to_have(self, text: str) -> bool:
+        return text in self.squatted
 
     def request(
         self, container: str = "c1", subnet: str = USUAL, top: dict[str, Any] | None = None
@@ -280,3 +287,20 @@ def test_what_is_in_use_is_not_freed_for_want_of_addresses(rig: Rig) -> None:
     with pytest.raises(CniError, match=r"no IP addresses available in range set: 10\.0\.0\.1-10\.0\.0\.2"):
         rig.add(subnet=SMALL)
     assert rig.reserved == {"10.0.0.2": "old\r\neth0"}
+
+
+def test_an_address_that_somebody_has_without_a_reservation_is_passed_over(rig: Rig) -> None:
+    rig.squatted = {"10.0.0.2", "10.0.0.3"}
+    made: Any = rig.plugin.add(rig.request())
+    assert made["ips"][0]["address"] == "10.0.0.4/29"
+    assert any("10.0.0.2 is not reserved here" in note for note in rig.notes)
+    wish = {"runtimeConfig": {"ips": ["10.0.0.3"]}}
+    with pytest.raises(CniError, match=r"requested IP address 10\.0\.0\.3 is not available"):
+        rig.plugin.add(rig.request("c2", top=wish))
+
+
+def test_gateways_are_told_before_an_address_is_reserved(rig: Rig) -> None:
+    sets = [[{"subnet": "10.0.0.0/29"}], [{"subnet": "10.1.0.0/24"}, {"subnet": "10.2.0.0/24"}]]
+    both = [*sets, [{"subnet": "fd00::/64", "gateway": "fd00::9"}]]
+    request = rig.request(top={"ipam": {"type": "host-local", "ranges": both}})
+    assert list(map(str, rig.plugin.gateways(request))) == ["10.0.0.1/29", "fd00::9/64"]
