@@ -65,10 +65,11 @@ lint: $(VENV)/.done ## format, lint, types, import direction
 	@$(PY) -m pytest -q tests/unit/test_import_direction.py
 
 unit: $(VENV)/.done ## tests that need neither root nor the network
-	@$(PY) -m pytest -q tests/unit
+	@$(PY) -m pytest -q --numprocesses=auto tests/unit
 
 test: build image guest-kernel lint ## everything, on real parts (needs root)
-	@$(PY) -m pytest
+	@$(PY) -m pytest --numprocesses=auto tests/unit tests/netns
+	@$(PY) -m pytest tests/e2e
 
 bench: build ## timings beside the real peers
 	@$(PY) -m pytest -q -s tests/bench
