@@ -53,7 +53,7 @@ from cni.net.nlmsg import (
     attr_list,
     attrs,
 )
-from cni.net.nlsocket import Answer
+from cni.net.nlsocket import Answer, ProtocolMissing
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class NftRefused(KernelError):
         self.errno = number
 
 
-class NftMissing(KernelError):
+class NftMissing(ProtocolMissing):
     """The kernel has no nf_tables, so that nothing can be in it either."""
 
 

@@ -25,7 +25,12 @@ _AF_NETLINK, _SOCK_RAW, _SOCK_CLOEXEC = 16, 3, 0o2000000
 ROUTE, NETFILTER = 0, 12  # protocols
 _SOL_NETLINK, _CAP_ACK, _EXT_ACK, _STRICT = 270, 10, 11, 12
 _RECEIVE_BYTES = 1 << 18
+_NO_SUCH_PROTOCOL = (93, 94, 97)  # EPROTONOSUPPORT, ESOCKTNOSUPPORT, EAFNOSUPPORT
 _MAX_INTERRUPTED_DUMPS = 20
+
+
+class ProtocolMissing(KernelError):
+    """The kernel has no such netlink protocol, and nothing that is reached by it."""
 
 
 class Answer:
@@ -64,7 +69,8 @@ class NetlinkSocket:
                 except OSError:
                     continue  # an older kernel: more is sent to us, and is passed over
         except OSError as exc:
-            raise KernelError(f"cannot open a netlink socket: {exc.strerror}") from None
+            kind = ProtocolMissing if exc.errno in _NO_SUCH_PROTOCOL else KernelError
+            raise kind(f"cannot open a netlink socket: {exc.strerror}") from None
         self._sequence = 0
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 
-from cni.errors import INTERNAL, CniError, KernelError
+from cni.errors import INTERNAL, INVALID_ENVIRONMENT, CniError, KernelError
 from cni.host import NetnsInvalid, NetnsMissing
 from cni.net import rtlink
 from cni.plugins.about import about
@@ -53,6 +53,8 @@ class Bridge:
         """Attach the container; undone if it fails. Raises CniError, and Declined before anything is done."""
         conf = BridgeConf(request)
         conf.check_for_add()
+        if "%" in request.ifname:  # the kernel puts a number for %d, and DEL would look for another name
+            raise CniError(INVALID_ENVIRONMENT, "interface name contains %", request.ifname)
         wanted = request.version
         attachment = Attachment(self._host, request, conf)
         try:

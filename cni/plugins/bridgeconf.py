@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from cni.errors import INTERNAL, INVALID_CONFIG, CniError
 from cni.spec import args, gojson
-from cni.spec.result import parse_dns
+from cni.spec.result import ResultError, parse_dns
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class BridgeConf:
         """Raises CniError 999 with upstream's words, as every other mistake in the netconf."""
         try:
             self._read(request.config)
-        except gojson.GoJsonError as exc:
+        except (gojson.GoJsonError, ResultError) as exc:
             raise CniError(INTERNAL, f"failed to load netconf: json: {exc}") from None
         self.mac = args.load(request.environment.get("CNI_ARGS", ""), ("MAC",)).get("MAC", "")
         try:
@@ -85,7 +85,7 @@ class BridgeConf:
         self.mtu = max(0, gojson.integer(record, "mtu", 0, -_INT64, _INT64) or 0)
         self.hairpin = gojson.typed(record, "hairpinMode", bool, False)
         self.promiscuous = gojson.typed(record, "promiscMode", bool, False)
-        self.preserve_default_vlan = gojson.typed(record, "preserveDefaultVlan", bool, True)
+        self.preserve_default_vlan = gojson.typed(record, "preserveDefaultVlan", bool, False)
         self.mac_spoof_check = gojson.typed(record, "macspoofchk", bool, False)
         self.detect_duplicates = gojson.typed(record, "enabledad", bool, False)
         self.interface_down = gojson.typed(record, "disableContainerInterface", bool, False)
@@ -118,7 +118,7 @@ class BridgeConf:
             raise CniError(
                 INVALID_CONFIG,
                 f"failed to create bridge {shown}: bridge must be the name of a link, "
-                f"1 to {_LONGEST_NAME} bytes without '/', ':' and white space",
+                f"1 to {_LONGEST_NAME} bytes without '/', ':', '%' and white space",
             )
         if self.mac:
             self.mac = _parse_mac(self.mac)
@@ -134,7 +134,7 @@ class BridgeConf:
 
 
 def _unfit(name: str) -> bool:
-    return any(c in "/:" or c.isspace() for c in name)
+    return any(c in "/:%" or c.isspace() for c in name)  # the kernel puts a number for %d
 
 
 def _requested_mac(record: gojson.Object) -> str:

@@ -9,6 +9,7 @@ from cni.net import rtlink
 from cni.net.rtlink import LinkState
 from cni.plugins.links import (
     EEXIST,
+    carry_out,
     expect,
     find,
     must_find,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from cni.plugins.bridgeconf import BridgeConf
 
 _NAME_TRIES = 10
+_DEFAULT_VLAN = 1
 _NO_MAC = "00:00:00:00:00:00"
 _PORT_UP_S, _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.55, 0.001, 0.05
 
@@ -100,11 +102,15 @@ def _tag(host: Host, conf: BridgeConf, port: LinkState, trunk: tuple[int, ...]) 
         tables = [rtlink.read_vlans(message.body) for message in host.route.dump(*rtlink.get_vlans())]
         has = [vlan for ifindex, vlans in tables if ifindex == port.ifindex for vlan in vlans]
         steps += [rtlink.drop_vlan(port.ifindex, vlan) for vlan in has]
+    texts = [f'failed to remove default vlan on interface "{port.name}"'] * len(steps)
     if conf.vlan:
         steps.append(rtlink.add_vlan(port.ifindex, conf.vlan, untagged=True))
     steps += [rtlink.add_vlan(port.ifindex, vlan, untagged=False) for vlan in trunk]
-    for answer in host.route.transact(steps):
-        expect(answer, f'failed to setup vlan tag on interface "{port.name}"')
+    if not conf.vlan:
+        # What comes without a tag would be dropped otherwise.
+        steps.append(rtlink.add_vlan(port.ifindex, _DEFAULT_VLAN, untagged=True))
+    texts += [f'failed to setup vlan tag on interface "{port.name}"'] * (len(steps) - len(texts))
+    carry_out(host.route, steps, texts)
 
 
 def ensure_vlan_link(host: Host, conf: BridgeConf, bridge: LinkState) -> LinkState:
@@ -120,7 +126,11 @@ def ensure_vlan_link(host: Host, conf: BridgeConf, bridge: LinkState) -> LinkSta
     if answer.errno not in (0, EEXIST):
         raise CniError(INTERNAL, f"{failed}: {answer.reason}")
     if answer.errno == 0:
-        _tag(host, conf, must_find(host.route, port, failed), ())
+        try:
+            _tag(host, conf, must_find(host.route, port, failed), ())
+        except (CniError, KernelError):  # the next pod would take it for a gateway in the VLAN
+            host.delete_link(host.route, port)
+            raise
     found = must_find(host.route, name, failed)
     expect(host.route.request(*rtlink.set_link(found.ifindex, up=True)), f'failed to up "{name}"')
     return found

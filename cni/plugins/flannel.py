@@ -79,9 +79,8 @@ class Flannel:
             used, printed = self._add(request, config, None if existed else scratch)
             made = _convert(printed, _version_of(used), conf.version or version.ABSENT)
         except CniError as exc:
-            # An ADD of what is already attached fails, and undoing it would tear down a live interface.
-            if not existed and not _was_there(exc):
-                self._undo(request, scratch)
+            if not existed:
+                self._undo(request, scratch, exc)
             raise
         if existed:
             scratch.save(request.container_id, request.ifname, _encode(used))
@@ -164,13 +163,16 @@ class Flannel:
         except delegate.DelegateRefused as exc:
             return attempt(self._lowered(request, config, exc))
 
-    def _undo(self, request: Request, scratch: Scratch) -> None:
+    def _undo(self, request: Request, scratch: Scratch, failure: CniError) -> None:
         """Take back a failed ADD; if the delegate cannot, the scratch file stays for the runtime's DEL."""
         try:
             saved = scratch.load(request.container_id, request.ifname)
             config = None if saved is None else _saved_config(saved)
             if saved is not None and config is not None:
-                self._delegate(request, "DEL", config, saved)
+                # Ours has undone its ADD itself, and what it cannot read fails its DEL as well. And an ADD of
+                # what is attached already fails: undoing that would tear down a live interface.
+                if not self._is_builtin(config) and not _was_there(failure):
+                    self._delegate(request, "DEL", config, saved)
                 scratch.remove(request.container_id, request.ifname)
         except CniError as exc:
             self._host.note(f"flannel: undoing the failed ADD failed too, DEL will do it: {exc}")

@@ -252,7 +252,7 @@ class HostLocal:
         try:
             directory = self._host.files.directory(place.store, _STORE_MODE)
         except OSError as exc:
-            raise StoreFault("mkdir", str(exc.filename or place.store), exc) from None
+            raise StoreFault("mkdir", place.store, exc) from None
         return Store(directory, self._view(place))
 
     def _existing(self, place: Place) -> Store:

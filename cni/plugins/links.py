@@ -11,8 +11,8 @@ from cni.net.rtlink import AddressState, LinkState
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cni.host import Sysctl
-    from cni.net.nlsocket import Answer, NetlinkSocket
     from cni.net.nlmsg import Request as Message
+    from cni.net.nlsocket import Answer, NetlinkSocket
     from cni.spec import gojson
 
 EEXIST, ENODEV = 17, 19

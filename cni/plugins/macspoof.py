@@ -95,4 +95,4 @@ def _add_rules(change: nft.Transaction, chains: list[str], comment: str, veth: s
 def _comment(container_id: str, ifname: str) -> str:
     # Upstream fails where nft does not take a comment of that length.
     whole = f"macspoofchk-{container_id}-{ifname}"
-    return whole.encode()[: expr.LONGEST_COMMENT].decode("utf-8", "ignore")
+    return whole.encode("utf-8", "replace")[: expr.LONGEST_COMMENT].decode("utf-8", "ignore")

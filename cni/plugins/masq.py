@@ -24,6 +24,7 @@ from __future__ import annotations
 from cni.errors import INTERNAL, CniError
 from cni.net import nft
 from cni.net import nftexpr as expr
+from cni.net.nlsocket import ProtocolMissing
 from cni.plugins import xtables
 from cni.spec import gojson
 from cni.spec.address import Cidr, format_ip, parse_cidr
@@ -75,7 +76,7 @@ def remove(
     Without `addresses` they are found by their comments, which takes longer on a node of many pods. Raises
     KernelError (NftRefused) and CniError as `add`.
     """
-    _remove_from_tables(host.netfilter, _identity(network, container_id, ifname), addresses)
+    _remove_from_tables(host, _identity(network, container_id, ifname), addresses)
     xtables.remove_chains(host, "nat", [iptables_chain(network, container_id)], ["POSTROUTING"])
 
 
@@ -115,7 +116,7 @@ def sweep(host: Host, live: Callable[[str], bool]) -> int:
     try:
         # A node on which pods come and go lets a sweep pass only if it asks nothing twice.
         return nft.retry(lambda: _sweep(host.netfilter, known_or_live))
-    except nft.NftMissing:
+    except ProtocolMissing:
         return 0
 
 
@@ -184,11 +185,11 @@ def _masquerade(network: Cidr) -> list[bytes]:
     ]
 
 
-def _remove_from_tables(socket: NetlinkSocket, identity: str, addresses: Sequence[Cidr] | None) -> None:
+def _remove_from_tables(host: Host, identity: str, addresses: Sequence[Cidr] | None) -> None:
     try:
-        nft.retry(lambda: _remove(socket, identity, addresses))
-        nft.retry(lambda: _remove_upstream(socket, identity))
-    except nft.NftMissing:
+        nft.retry(lambda: _remove(host.netfilter, identity, addresses))
+        nft.retry(lambda: _remove_upstream(host.netfilter, identity))
+    except ProtocolMissing:
         return  # a DEL has to succeed there as well
 
 
@@ -266,7 +267,7 @@ def _key(address: Cidr) -> bytes:
 def _comment(network: str, container_id: str, ifname: str, veth: str) -> str:
     identity = _identity(network, container_id, ifname)
     whole = f"{identity}, host: {veth}, if: {ifname}, net: {network}, id: {container_id}".replace('"', "")
-    return whole.encode()[: expr.LONGEST_COMMENT].decode("utf-8", "ignore")
+    return whole.encode("utf-8", "replace")[: expr.LONGEST_COMMENT].decode("utf-8", "ignore")
 
 
 def _veth(comment: str) -> str:

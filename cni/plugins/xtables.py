@@ -16,6 +16,7 @@ from _socket import socket as Socket
 
 from cni.errors import INTERNAL, CniError
 from cni.net import nft, nlmsg
+from cni.net.nlsocket import ProtocolMissing
 from cni.spec import gojson
 
 TYPE_CHECKING = False
@@ -61,7 +62,7 @@ def remove_chains(host: Host, table: str, chains: Sequence[str], parents: Sequen
     """
     try:
         found = nft.retry(lambda: _remove_native(host, table, chains, parents))
-    except nft.NftMissing:
+    except ProtocolMissing:
         found = False
     return _remove_legacy(host, table, chains, parents) or found
 
