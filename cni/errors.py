@@ -11,7 +11,8 @@
       KernelError             a namespace or socket is unusable, or a batch was refused
       InternalError           our bug; the only one logged with a traceback
 
-A single operation that the kernel refuses is not an error but data (`cni.net.plan.Refused`).
+A single operation that the kernel refuses is not an error but data (`cni.net.plan.Refused`). A call that is
+`Declined` is none either: it is served elsewhere.
 """
 
 
@@ -59,6 +60,13 @@ class KernelError(NetworkError):
 
 class InternalError(NetworkError):
     """Our bug."""
+
+
+class Declined(Exception):
+    """The daemon cannot serve this call of a plugin, and has done nothing: the plugin's own process has to.
+
+    Not a NetworkError, as what handles those would report a failure where there is none.
+    """
 
 
 # Numbers of the CNI specification, "Error", and of its reference library (INVALID_NETNS, INTERNAL).

@@ -16,6 +16,7 @@ from cni.errors import (
     INVALID_ENVIRONMENT,
     INVALID_NETNS,
     CniError,
+    Declined,
 )
 from cni.spec import gojson, request, result, version
 
@@ -68,7 +69,7 @@ class Response:
 
 
 def handle(req: Request, plugin: Plugin) -> Response:
-    """Serve one request; never raises."""
+    """Serve one request; raises nothing but Declined, which a daemon's host may raise."""
     if not req.command:
         versions = ", ".join(version.SUPPORTED)
         return Response(0, b"", f"{plugin.about}\nCNI protocol versions supported: {versions}\n")
@@ -76,6 +77,8 @@ def handle(req: Request, plugin: Plugin) -> Response:
         return Response(0, _serve(req, plugin))
     except CniError as exc:
         return failure(exc)
+    except Declined:
+        raise
     except Exception as exc:  # noqa: BLE001 - the one place where our own bugs surface
         import traceback
 
@@ -100,8 +103,12 @@ def _serve(req: Request, plugin: Plugin) -> bytes:
     if req.command not in _COMMANDS:
         raise CniError(INVALID_ENVIRONMENT, f"unknown CNI_COMMAND: {req.command}")
     _check_versions(req)
-    if req.command in ("ADD", "DEL"):
-        _check_netns(req, plugin)
+    if req.command in ("ADD", "DEL") and _names_own_netns(req, plugin):
+        if req.command == "ADD":
+            text = "plugin's netns and netns from CNI_NETNS should not be the same"
+            raise CniError(INVALID_NETNS, text)
+        # /proc/PID/ns/net of a process that has taken the number over: the container's namespace is gone.
+        req = req.for_attachment("DEL", req.container_id, req.ifname)
     match req.command:
         case "ADD":
             return result.write(plugin.add(req))
@@ -133,7 +140,5 @@ def _check_versions(req: Request) -> None:
     version.check_supported(wanted)
 
 
-def _check_netns(req: Request, plugin: Plugin) -> None:
-    if req.netns and not req.may_share_netns and plugin.owns_netns(req.netns):
-        text = "plugin's netns and netns from CNI_NETNS should not be the same"
-        raise CniError(INVALID_NETNS, text)
+def _names_own_netns(req: Request, plugin: Plugin) -> bool:
+    return bool(req.netns) and not req.may_share_netns and plugin.owns_netns(req.netns)

@@ -72,10 +72,6 @@ if TYPE_CHECKING:
             """A line for the log of whoever runs the plugin."""
 
 
-class Declined(Exception):
-    """The warm path cannot serve this call, and has done nothing: the cold path has to."""
-
-
 class NetnsMissing(CniError):
     """The container's namespace is gone: the path is absent, empty, or a file left by umount(8)."""
 
@@ -149,16 +145,15 @@ class Netns:
     """The container's network namespace, by what was opened in it.
 
     `descriptor` is the namespace itself (where the peer of a veth is born), `route` its route netlink,
-    `packet` the descriptor of an unbound AF_PACKET socket, `sysctls` the paths of its /proc/sys/net/ipv4 and,
-    where the kernel has it, ipv6. (What /proc/sys/net itself leads to depends on who looks.)
+    `sysctls` the paths of its /proc/sys/net/ipv4 and, where the kernel has it, ipv6. (What /proc/sys/net
+    itself leads to depends on who looks.)
     """
 
-    __slots__ = ("descriptor", "packet", "route", "sysctls")
+    __slots__ = ("descriptor", "route", "sysctls")
 
-    def __init__(self, descriptor: int, route: NetlinkSocket, packet: int, sysctls: dict[str, str]) -> None:
+    def __init__(self, descriptor: int, route: NetlinkSocket, sysctls: dict[str, str]) -> None:
         self.descriptor = descriptor
         self.route = route
-        self.packet = packet
         self.sysctls = sysctls
 
     def sysctl(self, name: str) -> Sysctl:

@@ -1,7 +1,7 @@
 """`cni.host.Host` for the plugin's own process: the cold path.
 
 The shim, where there is one, has opened the container's namespace already and leaves the descriptors in
-FLANNEL_CNI_FDS, as `own=3 root=4 netns=5 route=6 packet=7 ipv4=8 ipv6=9 error=0`. Otherwise they are opened here.
+FLANNEL_CNI_FDS, as `own=3 root=4 netns=5 route=6 ipv4=7 ipv6=8 error=0`. Otherwise they are opened here.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from _socket import socket as Socket
 
 from cni.errors import INTERNAL, CniError, KernelError
 from cni.host import Directory, Netns, NetnsInvalid, NetnsMissing, Sysctl
@@ -25,7 +24,6 @@ _SYSCTLS, _FAMILIES = "/proc/sys/net", ("ipv4", "ipv6")
 _OWN_NETNS = "/proc/thread-self/ns/net"
 _CLONE_NEWNET, _NS_GET_NSTYPE = 0x40000000, 0xB703  # ioctl_ns(2)
 _NOT_A_NAMESPACE = -1
-_AF_PACKET, _SOCK_RAW, _SOCK_CLOEXEC = 17, 3, 0o2000000
 _RTM_DELLINK, _IFLA_IFNAME = 17, 3
 
 
@@ -35,16 +33,29 @@ class LocalFiles:
     __slots__ = ()
 
     def directory(self, path: str, mode: int | None = None) -> Directory:
-        if mode is not None:
-            make_directories(path, mode)
-        if not os.path.isdir(path):
-            number = errno.ENOTDIR if os.path.exists(path) else errno.ENOENT
-            raise OSError(number, os.strerror(number), path)
-        return Directory(path, path)
+        try:
+            if mode is not None:
+                make_directories(path, mode)
+            os.close(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+            return Directory(path, path)
+        except ValueError:  # no path can hold a NUL
+            number = errno.EINVAL
+        except OSError as exc:
+            number = exc.errno or errno.EIO
+        raise OSError(number, os.strerror(number), path)
 
     def read(self, path: str, limit: int) -> bytes:
-        with open(path, "rb") as file:
-            return file.read(limit)
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except ValueError:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), path) from None
+        try:
+            data = bytearray()
+            while len(data) < limit and (chunk := os.read(descriptor, limit - len(data))):
+                data += chunk
+        finally:
+            os.close(descriptor)
+        return bytes(data)
 
 
 def make_directories(path: str, mode: int) -> None:
@@ -57,14 +68,23 @@ def make_directories(path: str, mode: int) -> None:
     try:
         os.mkdir(path, mode)
     except FileExistsError:
-        if not os.path.isdir(path):  # else: made by another pod's ADD at this moment
-            raise
+        return  # made by another pod's ADD at this moment, or no directory: whoever opens it is told
 
 
 class LocalHost:
     """One call's view of this machine. `note` takes lines for the runtime's log."""
 
-    __slots__ = ("_inherited", "_netfilter", "_netns", "_note", "_route", "files", "indexes", "report")
+    __slots__ = (
+        "_inherited",
+        "_netfilter",
+        "_netns",
+        "_note",
+        "_passed_for",
+        "_route",
+        "files",
+        "indexes",
+        "report",
+    )
 
     def __init__(self, note: Callable[[str], None], environment: Mapping[str, str]) -> None:
         self.files = LocalFiles()
@@ -72,6 +92,7 @@ class LocalHost:
         self.report = None
         self._note = note
         self._inherited = _inherited(environment.get(DESCRIPTORS, ""))
+        self._passed_for = environment.get("CNI_NETNS", "")
         self._route: NetlinkSocket | None = None
         self._netfilter: NetlinkSocket | None = None
         self._netns: tuple[str, Netns] | None = None
@@ -117,12 +138,14 @@ class LocalHost:
         return route.request(_RTM_DELLINK, 0, body).errno
 
     def _adopted(self, path: str) -> Netns:
-        """The namespace as the shim opened it."""
+        """The namespace as the shim opened it; GC detaches containers that have another, or none any more."""
         given = self._inherited
+        if not path or path != self._passed_for:
+            raise netns_error(path, errno.ENOENT)
         if "netns" in given:
             route = NetlinkSocket(ROUTE, given["route"])
             sysctls = {name: f"/proc/self/fd/{given[name]}" for name in _FAMILIES if name in given}
-            return Netns(given["netns"], route, given["packet"], sysctls)
+            return Netns(given["netns"], route, sysctls)
         raise netns_error(path, given.get("error", 0))
 
 
@@ -130,7 +153,7 @@ def nlmsg_name(name: str) -> bytes:
     """The attribute that names a link."""
     from cni.net.nlmsg import attr
 
-    return attr(_IFLA_IFNAME, name.encode() + b"\0")
+    return attr(_IFLA_IFNAME, os.fsencode(name) + b"\0")
 
 
 def netns_error(path: str, number: int) -> CniError:
@@ -171,8 +194,7 @@ def _opened(path: str) -> Netns:
             raise netns_error(path, _NOT_A_NAMESPACE)
         _enter(descriptor, path)
         try:
-            packet = Socket(_AF_PACKET, _SOCK_RAW | _SOCK_CLOEXEC, 0).detach()
-            return Netns(descriptor, NetlinkSocket(ROUTE), packet, _open_sysctls())
+            return Netns(descriptor, NetlinkSocket(ROUTE), _open_sysctls())
         finally:
             _enter(own, _OWN_NETNS)
     finally:

@@ -12,10 +12,11 @@ from pathlib import Path
 from threading import Event
 
 from cni import __version__
-from cni.errors import ConfigError, NetworkError
+from cni.errors import ConfigError, KernelError, NetworkError
 from cni.net.kernel import NetlinkKernel
 from flanneld import flags, log, snapshot, startup
 from flanneld.cniserver import CniServer
+from flanneld.cnisweep import Sweeper
 from flanneld.daemon import Daemon, Outcome
 from flanneld.flags import Options
 from flanneld.health import HealthServer, Readiness
@@ -93,7 +94,7 @@ def serve(
     known: NodeState | None = None
     pause_s = 0.0
     # Before the store answers: subnet.env, which the plugins work from, may be there from an earlier start.
-    cni_server = serve_cni(options)
+    cni_server, sweeper = serve_cni(options), sweep_cni(options)
     try:
         while True:
             began, stop = time.monotonic(), termination.fresh()
@@ -115,6 +116,8 @@ def serve(
     finally:
         if cni_server is not None:
             cni_server.close()
+        if sweeper is not None:
+            sweeper.close()
         os.close(lock)
 
 
@@ -129,6 +132,20 @@ def serve_cni(options: Options) -> CniServer | None:
         return CniServer(options.cni_socket)
     except ConfigError as exc:
         logger.error("CNI calls are left to the plugin, where each takes longer: %s", exc)
+        return None
+
+
+def sweep_cni(options: Options) -> Sweeper | None:
+    """What drops the firewall entries of pods that are gone, None if CNI is switched off or it cannot listen.
+
+    It runs without the server too: the plugin makes the same entries by itself.
+    """
+    if not options.cni_socket:
+        return None
+    try:
+        return Sweeper()
+    except KernelError as exc:
+        logger.error("Firewall entries of pods that are gone may stay: %s", exc)
         return None
 
 

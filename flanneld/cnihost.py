@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import array
 import errno
-import fcntl
 import itertools
 import os
-import select
 import socket
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
+from mmap import mmap
 from threading import BoundedSemaphore
 from types import TracebackType
 from typing import Self
 
-from cni.errors import KernelError
-from cni.host import Declined, Netns, Sysctl
+from cni.errors import Declined, KernelError
+from cni.host import Netns, Sysctl
 from cni.ipam.index import Indexes
 from cni.local import netns_error
 from cni.net.nlmsg import Message, Request
@@ -33,38 +33,41 @@ from flanneld.linkdeleter import LinkDeleter
 from flanneld.log import logger
 from flanneld.rootfiles import RootFiles
 
-# ioctl(2) on a namespace: which kind it is, and the kind that it has to be.
-_NS_GET_NSTYPE, _CLONE_NEWNET = 0xB703, 0x40000000
-
 # The kernel sends what it says about a veth's end to the socket that asked for it in the namespace of that
 # end, found by its port alone. Left to itself it gives one port to the sockets of all namespaces, and the
 # host's would fill with what the containers' asked for. Neither libraries nor the kernel choose one of these.
 _FIRST_PORT, _PORTS = 0xC0000000, 1 << 24
 _PORT_TRIES = 16
+_RECEIVE_BYTES = 1 << 18
 
 # Threads for system calls that the kernel holds up for 20 ms: enough for 1,600 of them per second.
 _HELD_UP = 32
-_LONGEST_END_MS = 250  # of a shim that has its answer
 # The disk is a resource of its own. When it falls behind so far, who writes has to wait for it.
 _SYNCERS, _MOST_UNSYNCED = 4, 256
+
+Identity = tuple[int, int]
 _ports = itertools.count(int.from_bytes(os.urandom(3), "big"))
 
 
 class OwnSocket(NetlinkSocket):
     """A netlink socket with a port of its own; `failed` when it is to be replaced.
 
-    `descriptor` is as for NetlinkSocket, and which one it is can be asked.
+    `descriptor` is as for NetlinkSocket, and which one it is can be asked. `buffer` is the thread's. (malloc
+    would have each of 256 KiB from mmap, and give it back: three system calls for every answer.)
     """
 
-    __slots__ = ("descriptor", "failed")
+    __slots__ = ("_buffer", "descriptor", "failed")
 
-    def __init__(self, protocol: int, descriptor: int | None = None) -> None:
-        try:
-            self.descriptor = _bound(protocol, descriptor)
-        except OSError as exc:
-            raise KernelError(f"cannot open a netlink socket: {exc.strerror}") from None
+    def __init__(self, protocol: int, buffer: mmap, descriptor: int | None = None) -> None:
+        super().__init__(protocol, descriptor)
+        self._buffer = memoryview(buffer)
+        self.descriptor = self._socket.fileno()
         self.failed = False
-        super().__init__(protocol, self.descriptor)
+        for _try in range(_PORT_TRIES):
+            # It fails if the port is taken, and always if the shim has used its socket.
+            with suppress(OSError):
+                self._socket.bind((_FIRST_PORT + next(_ports) % _PORTS, 0))
+                break
 
     def transact(self, requests: Sequence[Request]) -> list[Answer]:
         try:
@@ -80,24 +83,23 @@ class OwnSocket(NetlinkSocket):
             self.failed = True
             raise
 
-
-def _bound(protocol: int, descriptor: int | None) -> int:
-    kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
-    sock = socket.socket(socket.AF_NETLINK, kind, protocol, descriptor)
-    for _try in range(_PORT_TRIES):
-        # It fails if the port is taken, and always if the shim has used its socket.
-        with suppress(OSError):
-            sock.bind((_FIRST_PORT + next(_ports) % _PORTS, 0))
-            break
-    return sock.detach()
+    def _receive(self) -> bytes:
+        try:
+            return bytes(self._buffer[: self._socket.recv_into(self._buffer)])
+        except OSError as exc:
+            raise KernelError(f"cannot receive from the kernel: {exc.strerror}") from None
 
 
 class Sockets:
-    """A thread's netlink sockets of the daemon's own namespace. A context manager."""
+    """A thread's netlink sockets of the daemon's own namespace. A context manager.
 
-    __slots__ = ("_open",)
+    `buffer` is for what any of the thread's sockets receives.
+    """
+
+    __slots__ = ("_open", "buffer")
 
     def __init__(self) -> None:
+        self.buffer = mmap(-1, _RECEIVE_BYTES)  # of which the pages that are never used cost nothing
         self._open: dict[int, OwnSocket] = {}
 
     def get(self, protocol: int) -> OwnSocket:
@@ -106,7 +108,7 @@ class Sockets:
         if found is None or found.failed:
             if found is not None:
                 found.close()
-            found = self._open[protocol] = OwnSocket(protocol)
+            found = self._open[protocol] = OwnSocket(protocol, self.buffer)
         return found
 
     def __enter__(self) -> Self:
@@ -120,17 +122,14 @@ class Sockets:
 
 
 class Passed:
-    """The descriptors that came with a request, closed with this object. A context manager.
+    """The descriptors that came with a request, closed with this object. A context manager."""
 
-    All but the packet socket, which `later` is given.
-    """
+    __slots__ = ("_by_bit", "_identities", "_numbers")
 
-    __slots__ = ("_by_bit", "_later", "_numbers")
-
-    def __init__(self, later: Callable[[int], object]) -> None:
-        self._later = later
+    def __init__(self) -> None:
         self._numbers: list[int] = []
         self._by_bit: dict[int, int] = {}
+        self._identities: dict[int, Identity] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -138,12 +137,8 @@ class Passed:
     def __exit__(
         self, _kind: type[BaseException] | None, _value: BaseException | None, _trace: TracebackType | None
     ) -> None:
-        packet = self._by_bit.get(cniwire.PACKET)
         for number in self._numbers:
-            if number == packet:
-                self._later(number)
-            else:
-                os.close(number)
+            os.close(number)
 
     def adopt(self, ancillary: list[tuple[int, int, bytes]]) -> None:
         """Take over what recvmsg(2) gave."""
@@ -153,13 +148,24 @@ class Passed:
                 found.frombytes(data[: len(data) - len(data) % found.itemsize])
                 self._numbers += found
 
-    def name(self, bits: Sequence[int]) -> None:
-        """Say which they are, in their order; raises WireError unless each is of its kind."""
+    def name(self, bits: Sequence[int], own: Identity) -> None:
+        """Say which they are, in their order; raises WireError unless each is of its kind.
+
+        `own` is the identity of any namespace. That one is of a network is left to the kernel, when a link
+        is to be born in it.
+        """
         if len(bits) != len(self._numbers):
             raise WireError(f"it came with {len(self._numbers)} descriptors, not {len(bits)}")
         self._by_bit = dict(zip(bits, self._numbers, strict=True))
         for bit, number in self._by_bit.items():
-            if not _KINDS[bit](number):
+            if bit == cniwire.ROUTE:
+                fits = _is_route_socket(number)
+            else:
+                found = os.fstat(number)
+                self._identities[bit] = found.st_dev, found.st_ino
+                in_nsfs = bit in (cniwire.OWN, cniwire.NETNS)
+                fits = found.st_dev == own[0] if in_nsfs else stat.S_ISDIR(found.st_mode)
+            if not fits:
                 raise WireError(f"descriptor {bit:#x} is not what it must be")
 
     def __getitem__(self, bit: int) -> int:
@@ -168,6 +174,10 @@ class Passed:
     def __contains__(self, bit: int) -> bool:
         return bit in self._by_bit
 
+    def identity(self, bit: int) -> Identity | None:
+        """Of a namespace or directory; None if it did not come."""
+        return self._identities.get(bit)
+
     def take(self, bit: int) -> int:
         """The descriptor, which is the caller's from now on."""
         number = self._by_bit[bit]
@@ -175,42 +185,21 @@ class Passed:
         return number
 
 
-def _is_netns(descriptor: int) -> bool:
+def identity(descriptor: int) -> Identity:
+    """Device and inode: equal for the same file, or namespace."""
+    found = os.fstat(descriptor)
+    return found.st_dev, found.st_ino
+
+
+def _is_route_socket(descriptor: int) -> bool:
     try:
-        return fcntl.ioctl(descriptor, _NS_GET_NSTYPE) == _CLONE_NEWNET
+        sock = socket.socket(fileno=descriptor)  # which asks for family, type and protocol
     except OSError:
         return False
-
-
-def _is_directory(descriptor: int) -> bool:
-    return stat.S_ISDIR(os.fstat(descriptor).st_mode)
-
-
-def _is_socket(*wanted: int) -> Callable[[int], bool]:
-    """A check for family, type and protocol of a socket."""
-
-    def check(descriptor: int) -> bool:
-        if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
-            return False
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, descriptor)
-        try:
-            found = (socket.SO_DOMAIN, socket.SO_TYPE, socket.SO_PROTOCOL)
-            return tuple(sock.getsockopt(socket.SOL_SOCKET, option) for option in found) == wanted
-        finally:
-            sock.detach()
-
-    return check
-
-
-_KINDS: dict[int, Callable[[int], bool]] = {
-    cniwire.OWN: _is_netns,
-    cniwire.ROOT: _is_directory,
-    cniwire.NETNS: _is_netns,
-    cniwire.ROUTE: _is_socket(socket.AF_NETLINK, socket.SOCK_RAW, ROUTE),
-    cniwire.PACKET: _is_socket(socket.AF_PACKET, socket.SOCK_RAW, 0),
-    cniwire.IPV4: _is_directory,
-    cniwire.IPV6: _is_directory,
-}
+    try:
+        return (sock.family, sock.type, sock.proto) == (socket.AF_NETLINK, socket.SOCK_RAW, ROUTE)
+    finally:
+        sock.detach()
 
 
 class Shared:
@@ -231,62 +220,72 @@ class Shared:
         self._syncers.shutdown()
         self.indexes.close()
 
-    def close_after(self, connection: socket.socket, descriptor: int) -> None:
-        """Close a packet socket, once the other end of the connection has gone.
+    def sync_later(self, descriptors: list[int]) -> None:
+        """fsync(2) a moment later, in their order, and close them."""
+        if self._room.acquire(blocking=False):
+            self._syncers.submit(self._sync, descriptors)
+        else:
+            _sync(descriptors)
 
-        The kernel takes 5 to 16 ms to let go of one (synchronize_net), and whoever closes it last has to wait
-        for that: the shim, at its end, if we were faster, and with it the runtime.
-        """
-        self._held_up.submit(_close_after, os.dup(connection.fileno()), descriptor)
+    def _sync(self, descriptors: list[int]) -> None:
+        try:
+            _sync(descriptors)
+        finally:
+            self._room.release()
 
-    def sync_later(self, descriptor: int) -> None:
-        """fsync(2) a moment later; raises OSError if it is done at once and fails."""
-        if not self._room.acquire(blocking=False):
-            os.fsync(descriptor)
-            return
-        self._syncers.submit(self._sync, os.dup(descriptor))
 
-    def _sync(self, descriptor: int) -> None:
+def _sync(descriptors: Iterable[int]) -> None:
+    for descriptor in descriptors:
         try:
             os.fsync(descriptor)
         except OSError as exc:
             logger.error("What a CNI call wrote may be lost in a power failure: %s", exc.strerror)
         finally:
             os.close(descriptor)
-            self._room.release()
-
-
-def _close_after(connection: int, descriptor: int) -> None:
-    poll = select.poll()
-    poll.register(connection, 0)  # that it hangs up is told in any case
-    poll.poll(_LONGEST_END_MS)
-    os.close(connection)
-    os.close(descriptor)
 
 
 class WarmHost:
-    """`cni.host.Host` for one request; `close` it.
+    """`cni.host.Host` for one request; `close` it, best after the answer: what can wait is done then.
 
     `path` is the request's CNI_NETNS and `error` says why the shim could not open it (0: it is in `passed`).
     `indexes` and `report` are what `cni.plugins.hostlocal` takes from a daemon.
     """
 
-    __slots__ = ("_error", "_netns", "_passed", "_path", "_shared", "_sockets", "files", "indexes", "report")
+    __slots__ = (
+        "_error",
+        "_later",
+        "_netns",
+        "_passed",
+        "_path",
+        "_shared",
+        "_sockets",
+        "_unsynced",
+        "files",
+        "indexes",
+        "report",
+    )
 
     def __init__(self, shared: Shared, sockets: Sockets, passed: Passed, path: str, error: int) -> None:
         self.files = RootFiles(passed[cniwire.ROOT])
         self.indexes: Indexes | None = shared.indexes
-        self.report: Callable[[str, int, int, int], None] | None = metrics.cni_addresses
+        self.report: Callable[[str, int, int, int], None] | None = self._report
         self._shared = shared
         self._sockets = sockets
         self._passed = passed
         self._path = path
         self._error = error
         self._netns: Netns | None = None
+        # Another thread that is woken during a call takes turns with it, at 0.2 ms each.
+        self._unsynced: list[int] = []
+        self._later: list[Callable[[], object]] = []
 
     def close(self) -> None:
+        if self._unsynced:
+            self._shared.sync_later(self._unsynced)
         if self._netns is not None:
             self._netns.route.close()
+        for each in self._later:
+            each()
 
     @property
     def route(self) -> NetlinkSocket:
@@ -309,15 +308,15 @@ class WarmHost:
             passed = self._passed
             families = (("ipv4", cniwire.IPV4), ("ipv6", cniwire.IPV6))
             sysctls = {name: f"/proc/self/fd/{passed[bit]}" for name, bit in families if bit in passed}
-            route = OwnSocket(ROUTE, passed.take(cniwire.ROUTE))
-            self._netns = Netns(passed[cniwire.NETNS], route, passed[cniwire.PACKET], sysctls)
+            route = OwnSocket(ROUTE, self._sockets.buffer, passed.take(cniwire.ROUTE))
+            self._netns = Netns(passed[cniwire.NETNS], route, sysctls)
         return self._netns
 
     def shares_netns(self, path: str) -> bool:
         """Whether `path` is the namespace of the runtime, which is the daemon's own too."""
-        if not path or path != self._path or cniwire.NETNS not in self._passed:
+        if not path or path != self._path:
             return False
-        return same_file(self._passed[cniwire.NETNS], self._passed[cniwire.OWN])
+        return self._passed.identity(cniwire.NETNS) == self._passed.identity(cniwire.OWN)
 
     def find_program(self, name: str, directories: list[str]) -> str:
         """Declined: the programs are the runtime's, and its environment is not here."""
@@ -333,13 +332,10 @@ class WarmHost:
             raise
 
     def sync(self, descriptor: int) -> None:
-        self._shared.sync_later(descriptor)
+        self._unsynced.append(os.dup(descriptor))
 
     def note(self, text: str) -> None:
-        logger.info("%s", text)
+        self._later.append(partial(logger.info, "%s", text))
 
-
-def same_file(first: int, second: int) -> bool:
-    """Whether two descriptors are of one file, or one namespace."""
-    one, other = os.fstat(first), os.fstat(second)
-    return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
+    def _report(self, network: str, range_set: int, used: int, size: int) -> None:
+        self._later.append(partial(metrics.cni_addresses, network, range_set, used, size))

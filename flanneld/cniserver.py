@@ -10,6 +10,7 @@ stands between a call and the thread that serves it; and netlink answers within 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import select
@@ -19,18 +20,16 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from functools import partial
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING
 
-from cni.errors import INTERNAL, ConfigError
+from cni.errors import INTERNAL, ConfigError, Declined
 from cni.handler import Response, handle
-from cni.host import Declined
 from cni.plugins import registry
 from cni.spec import gojson
 from cni.spec.request import Request
 from flanneld import cniwire, metrics, rootfiles
-from flanneld.cnihost import Passed, Shared, Sockets, WarmHost, same_file
+from flanneld.cnihost import Passed, Shared, Sockets, WarmHost, identity
 from flanneld.cnisocket import Place, Reading, receive_head, receive_rest, send
 from flanneld.cniwire import Header, WireError
 from flanneld.log import V2, logger
@@ -50,6 +49,9 @@ _PAUSE_S = 0.1  # after accept(2) failed, for want of descriptors
 # Python's own 5 ms are how long a thread that computes may keep another from going on. A call does some
 # thirty system calls, after each of which it would wait that long while thousands of peers are programmed.
 _SWITCH_S = 0.0002
+# glibc gives each thread that finds its memory in use by another an arena of its own, 8 for each processor in
+# all, and none is ever given back. One thread at a time runs Python: two arenas do for fifty threads.
+_M_ARENA_MAX, _ARENAS = -8, 2  # malloc.h
 
 
 class Call:
@@ -84,6 +86,7 @@ class CniServer:
             raise ConfigError("the kernel has no openat2 (Linux 5.6), or a filter of system calls forbids it")
         self._find = find
         self._own_netns = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        self._own_identity = identity(self._own_netns)
         try:
             self._place = Place(path)
         except OSError as exc:
@@ -93,6 +96,7 @@ class CniServer:
         for name in registry.NAMES:
             find(name)  # imported now, not while the first pod waits
         sys.setswitchinterval(_SWITCH_S)
+        _limit_arenas()
         self._shared = Shared()
         self._turns = Turns()
         self._stopping = Event()
@@ -143,10 +147,10 @@ class CniServer:
         return None
 
     def _serve(self, connection: socket.socket, sockets: Sockets) -> None:
-        """From greeting to reply."""
+        """From greeting to reply; whatever the runtime need not wait for comes after that."""
         if not self._is_root(connection):
             return
-        with Passed(partial(self._shared.close_after, connection)) as passed:
+        with Passed() as passed:
             try:
                 call = self._receive(connection, passed)
             except (WireError, OSError) as exc:
@@ -156,10 +160,14 @@ class CniServer:
                 return
             if call is None:
                 return
-            with metrics.CNI_IN_FLIGHT.track_inprogress():
-                reply, outcome = self._carry_out(connection, call, passed, sockets)
+            netns = call.environment.get("CNI_NETNS", "")
+            with (
+                metrics.CNI_IN_FLIGHT.track_inprogress(),
+                closing(WarmHost(self._shared, sockets, passed, netns, call.netns_error)) as host,
+            ):
+                reply, outcome = self._carry_out(connection, call, passed, host)
                 heard = send(connection, reply)
-        took_s = time.monotonic() - call.received_s
+                took_s = time.monotonic() - call.received_s
         metrics.cni_served(call.name, call.command, outcome, took_s)
         _log(call, outcome, took_s, heard)
 
@@ -174,96 +182,53 @@ class CniServer:
     def _receive(self, connection: socket.socket, passed: Passed) -> Call | None:
         """The whole request, None from one who only looked in; raises WireError or OSError."""
         deadline = time.monotonic() + _REQUEST_S
-        connection.settimeout(_REQUEST_S)
         with self._reading.of(connection):
             try:
-                connection.sendall(cniwire.HELLO)
+                connection.send(cniwire.HELLO, socket.MSG_DONTWAIT)
                 data = receive_head(connection, passed, deadline)
+                if not data:
+                    return None
+                header = Header(data)
+                passed.name(header.descriptors, self._own_identity)
+                receive_rest(connection, data, header.total_bytes, deadline)
             except (BrokenPipeError, ConnectionResetError):
                 return None  # it has found another way meanwhile
-            if not data:
-                return None
-            header = Header(data)
-            passed.name(header.descriptors)
-            receive_rest(connection, data, header.total_bytes, deadline)
+            except (BlockingIOError, TimeoutError):
+                raise WireError("it did not arrive in time") from None
         return Call(header, bytes(data))
 
     def _carry_out(
-        self, connection: socket.socket, call: Call, passed: Passed, sockets: Sockets
+        self, connection: socket.socket, call: Call, passed: Passed, host: WarmHost
     ) -> tuple[bytes, str | int]:
         """The reply, and the outcome for the statistics."""
         try:
-            response = self._response(connection, call, passed, sockets)
+            response = self._response(connection, call, passed, host)
         except Declined as exc:
             logger.log(V2, "CNI %s of %s is left to the plugin: %s", *_called(call), exc)
             return cniwire.declined(), "declined"
         stderr = response.stderr.encode("utf-8", "replace")
         return cniwire.answer(response.exit_code, response.stdout, stderr), _outcome(response)
 
-    def _response(self, connection: socket.socket, call: Call, passed: Passed, sockets: Sockets) -> Response:
+    def _response(self, connection: socket.socket, call: Call, passed: Passed, host: WarmHost) -> Response:
         """What the plugin says; raises Declined if it was not begun."""
-        if not same_file(passed[cniwire.OWN], self._own_netns):
+        if passed.identity(cniwire.OWN) != self._own_identity:
             raise Declined("the runtime lives in another network namespace than flanneld")
         make = self._find(call.name)
         if make is None:
             raise Declined("there is no such plugin")
-        netns = call.environment.get("CNI_NETNS", "")
-        with (
-            self._turns.of(call.container_id, call.patience_s) as ours,
-            closing(WarmHost(self._shared, sockets, passed, netns, call.netns_error)) as host,
-        ):
-            if not ours or _has_gone(connection):
+        with self._turns.of(call.container_id, call.patience_s, lambda: not _has_gone(connection)) as ours:
+            if not ours:
                 raise Declined("the runtime has given up waiting")
             if self._stopping.is_set():
                 raise Declined("flanneld stops")
-            return _handle(call, make(host))
+            return handle(Request(call.environment, call.stdin), make(host))
 
 
-class _Candid:
-    """A plugin whose Declined reaches us: `handle` takes every exception but CniError for a bug of ours."""
-
-    def __init__(self, plugin: Plugin) -> None:
-        self._plugin = plugin
-        self.declined: Declined | None = None
-        self.about = plugin.about
-        self.owns_netns = plugin.owns_netns
-
-    def add(self, request: Request) -> gojson.Object:
-        with self._noticing():
-            return self._plugin.add(request)
-
-    def delete(self, request: Request) -> None:
-        with self._noticing():
-            self._plugin.delete(request)
-
-    def check(self, request: Request) -> None:
-        with self._noticing():
-            self._plugin.check(request)
-
-    def status(self, request: Request) -> None:
-        with self._noticing():
-            self._plugin.status(request)
-
-    def gc(self, request: Request) -> None:
-        with self._noticing():
-            self._plugin.gc(request)
-
-    @contextmanager
-    def _noticing(self) -> Iterator[None]:
-        try:
-            yield
-        except Declined as exc:
-            self.declined = exc
-            raise
-
-
-def _handle(call: Call, plugin: Plugin) -> Response:
-    """Raises Declined."""
-    candid = _Candid(plugin)
-    response = handle(Request(call.environment, call.stdin), candid)
-    if candid.declined is not None:
-        raise candid.declined
-    return response
+def _limit_arenas() -> None:
+    """For the whole process; without effect where malloc is not glibc's."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_ARENA_MAX, _ARENAS)
 
 
 class Seldom:
@@ -291,8 +256,11 @@ class Turns:
         return len(self._waiting)
 
     @contextmanager
-    def of(self, key: str, patience_s: float) -> Iterator[bool]:
-        """Wait for one's turn: False if it has not come in time. No key, no waiting."""
+    def of(self, key: str, patience_s: float, is_wanted: Callable[[], bool]) -> Iterator[bool]:
+        """Wait for one's turn: False if it has not come in time, or is not wanted when it comes.
+
+        No key, no waiting.
+        """
         if not key:
             yield True
             return
@@ -301,8 +269,11 @@ class Turns:
             self._waiting[key] = lock, users + 1
         ours = False
         try:
-            ours = lock.acquire(timeout=patience_s)
-            yield ours
+            if ours := lock.acquire(blocking=False):
+                yield True
+            else:
+                ours = lock.acquire(timeout=patience_s)
+                yield ours and is_wanted()
         finally:
             if ours:
                 lock.release()

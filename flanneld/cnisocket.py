@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import struct
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -16,6 +17,7 @@ from flanneld.cniwire import WireError
 
 _BACKLOG = 1024
 _REPLY_S = 10.0
+_TIMEVAL = struct.Struct("@ll")
 _LONGEST_PATH_BYTES = 107  # of a unix socket: 108 with the final NUL
 _CHUNK_BYTES = 1 << 16
 _ANCILLARY_BYTES = socket.CMSG_SPACE(4 * len(cniwire.DESCRIPTORS))
@@ -108,7 +110,7 @@ def receive_head(connection: socket.socket, passed: Passed, deadline: float) -> 
     """The header and what came with it, nothing from one who closed at once; raises WireError or OSError."""
     data = bytearray()
     while len(data) < cniwire.HEADER_BYTES:
-        _wait(connection, deadline)
+        _limit(connection, socket.SO_RCVTIMEO, deadline)
         chunk, ancillary, flags, _ = connection.recvmsg(
             _CHUNK_BYTES, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
         )
@@ -126,7 +128,7 @@ def receive_head(connection: socket.socket, passed: Passed, deadline: float) -> 
 def receive_rest(connection: socket.socket, data: bytearray, total: int, deadline: float) -> None:
     """Add to `data` what is missing; raises WireError or OSError."""
     while len(data) < total:
-        _wait(connection, deadline)
+        _limit(connection, socket.SO_RCVTIMEO, deadline)
         # Descriptors that came with these bytes are dropped by the kernel, as no room is given for them.
         chunk = connection.recv(min(_CHUNK_BYTES, total - len(data)))
         if not chunk:
@@ -136,20 +138,25 @@ def receive_rest(connection: socket.socket, data: bytearray, total: int, deadlin
         raise WireError(f"it is longer than the {total} bytes that it announces")
 
 
-def _wait(connection: socket.socket, deadline: float) -> None:
-    """The next call may take what is left of the time; raises TimeoutError if that is nothing."""
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError("it did not arrive in time")
-    connection.settimeout(left)
+def _limit(connection: socket.socket, option: int, deadline: float) -> None:
+    """Let the next call wait until the deadline, to raise BlockingIOError then; TimeoutError if that is over.
+
+    Python's own way, settimeout, takes two system calls more.
+    """
+    left_us = int((deadline - time.monotonic()) * 1e6)
+    if left_us <= 0:
+        raise TimeoutError
+    connection.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(*divmod(left_us, 1_000_000)))
 
 
 def send(connection: socket.socket, reply: bytes) -> bool:
     """Whether the other end was still there to take the reply."""
-    connection.settimeout(_REPLY_S)
     try:
-        connection.sendall(reply)
-        connection.shutdown(socket.SHUT_WR)  # the end, although a thread may hold on to the connection
+        rest = memoryview(reply)[connection.send(reply, socket.MSG_DONTWAIT) :]  # mostly all of it
+        deadline = time.monotonic() + _REPLY_S
+        while rest:
+            _limit(connection, socket.SO_SNDTIMEO, deadline)
+            rest = rest[connection.send(rest) :]
     except OSError:
         return False
     return True

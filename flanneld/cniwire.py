@@ -21,11 +21,11 @@ VERSION = 1
 HELLO = struct.pack("=4sHH", MAGIC, VERSION, 0)
 
 # Bits of the mask: the shim's namespace and root directory; then the container's namespace, and what was
-# opened in it: a route netlink socket, a packet socket, /proc/sys/net/ipv4 and, where there is one, ipv6.
-# (What /proc/sys/net itself leads to depends on who looks; what is below these two does not.)
-OWN, ROOT, NETNS, ROUTE, PACKET, IPV4, IPV6 = DESCRIPTORS = tuple(1 << bit for bit in range(7))
+# opened in it: a route netlink socket, /proc/sys/net/ipv4 and, where there is one, ipv6. (What /proc/sys/net
+# itself leads to depends on who looks; what is below these two does not.)
+OWN, ROOT, NETNS, ROUTE, IPV4, IPV6 = DESCRIPTORS = tuple(1 << bit for bit in range(6))
 _NEEDED = OWN | ROOT
-_OF_CONTAINER = NETNS | ROUTE | PACKET | IPV4
+_OF_CONTAINER = NETNS | ROUTE | IPV4
 NOT_A_NAMESPACE = -1
 
 LARGEST_BYTES = 4 << 20  # name, environment and stdin together

@@ -145,6 +145,7 @@ class Daemon:
 
     def run(self) -> Outcome:
         """Serve until stopped; tells whether to start over. The data path is left as it is."""
+        logger.info("Running backend.")
         monitor = Monitor(frozenset(self.backend.devices), frozenset({self.external.name}))
         if self.start.doubtful:
             self.reconciler.keep_doubtful(self.start.doubtful)
@@ -159,7 +160,6 @@ class Daemon:
         ]
         self.reconciler.queue.add_after(FIREWALL, float(self.options.iptables_resync))
         self.reconciler.queue.add_after(FILES, _FILES_DELAY_S)
-        logger.info("Running backend.")
         notify.ready(os.environ)
         self.stop.wait()
         self.reconciler.queue.shut_down()

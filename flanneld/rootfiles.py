@@ -20,6 +20,7 @@ _HOW = struct.Struct("=QQQ")
 _AT_FDCWD = -100
 # Somebody renames a directory above while ".." is followed: the kernel cannot tell then where it leads.
 _RACES = 64
+_CHUNK_BYTES = 1 << 14  # Python takes memory for all that it may read
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -54,7 +55,7 @@ class RootFiles:
         descriptor = _openat2(self._root, path, os.O_RDONLY | os.O_NONBLOCK)
         try:
             data = bytearray()
-            while len(data) < limit and (chunk := os.read(descriptor, limit - len(data))):
+            while len(data) < limit and (chunk := os.read(descriptor, min(_CHUNK_BYTES, limit - len(data)))):
                 data += chunk
         finally:
             os.close(descriptor)

@@ -4,8 +4,8 @@ Such a reservation is freed when three things hold, and never for its age alone:
 
   - its file is older than this boot, also by the clock that this boot's first ADD saw
   - the result that the runtime saved for the attachment (libcni's cache) names no namespace that still exists
-  - the kernel, asked by whoever runs us, does not know the address; where nobody can ask it, the runtime's
-    saved result must be there and say that the namespace is gone
+  - nobody whom whoever runs us can ask has the address; where nobody can be asked, the runtime's saved result
+    must be there and say that the namespace is gone
 
 The first ADD of a boot looks, and an ADD that finds no address left. That the boot has had its first ADD is
 kept beside the network's directory, under a name that no network has: `<dataDir>/.flannel-boot-<network>`
@@ -60,7 +60,7 @@ def this_boot() -> Boot:
 class Reclaimer:
     """Frees what earlier boots left in one store. `note` gets a line for each address that is freed.
 
-    `in_use` says whether the kernel knows an address as somebody's; None where that cannot be asked.
+    `in_use` says which of some addresses somebody has; None where that cannot be asked.
     `results` is the directory of libcni's saved results.
     """
 
@@ -71,7 +71,7 @@ class Reclaimer:
         files: Files,
         note: Callable[[str], None],
         place: Place,
-        in_use: Callable[[str], bool] | None = None,
+        in_use: Callable[[list[str]], set[str]] | None = None,
         results: str = RESULTS,
         boot: Callable[[], Boot] = this_boot,
     ) -> None:
@@ -106,11 +106,17 @@ class Reclaimer:
 
     def _sweep(self, held: Held, before: int) -> bool:
         """Free the reservations whose files are older than `before`, if nobody uses them."""
-        freed = False
+        old = {}
         for name, owner in held.holdings.reservations():
             modified = held.modified(name)
-            if modified is None or modified >= before or self._may_be_used(name, owner):
-                continue
+            if modified is not None and modified < before and self._may_go(owner):
+                old[name] = owner
+        if old and self._in_use is not None:
+            addresses = {name: name.rpartition("/")[2] for name in old}
+            used = self._in_use(list(addresses.values()))
+            old = {name: owner for name, owner in old.items() if addresses[name] not in used}
+        freed = False
+        for name, owner in old.items():
             if held.remove(name):
                 freed = True
                 container_id, ifname = attachment_of(owner)
@@ -121,13 +127,12 @@ class Reclaimer:
                 )
         return freed
 
-    def _may_be_used(self, name: str, owner: bytes) -> bool:
+    def _may_go(self, owner: bytes) -> bool:
+        """Whether the runtime's saved result does not speak against it."""
         namespaces = self._namespaces(*attachment_of(owner))
         if any(self._exists(path) for path in namespaces):
-            return True
-        if self._in_use is None:
-            return not namespaces
-        return self._in_use(name.rpartition("/")[2])
+            return False
+        return self._in_use is not None or bool(namespaces)
 
     def _namespaces(self, container_id: str, ifname: str) -> set[str]:
         """Paths of the namespaces that the runtime's saved result names; none if it cannot be read."""

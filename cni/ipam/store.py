@@ -43,7 +43,7 @@ LOCK = "lock"
 LAST = "last_reserved_ip."
 _SEPARATOR = b"\r\n"
 _BLANK = b" \t\n\v\f\r"
-_LARGEST_BYTES = 4096  # a container ID and the name of an interface
+_LARGEST_BYTES = 1 << 17  # a container ID, as long as a variable can be, and the name of an interface
 
 
 class StoreFault(OSError):

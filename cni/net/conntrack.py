@@ -16,6 +16,8 @@ from cni.net.nlmsg import attr, attrs, u32
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from cni.net.nlsocket import NetlinkSocket
 
 UDP = 17
@@ -33,39 +35,43 @@ _EQUAL_PROTOCOL, _EQUAL_DESTINATION_PORT = 1 << 3, 1 << 5
 
 
 def delete_flows(
-    socket: NetlinkSocket, family: int, protocol: int, destination_port: int, to: int | None = None
+    socket: NetlinkSocket, family: int, protocol: int, destinations: Collection[tuple[int, int | None]]
 ) -> int:
-    """Delete the flows whose first packet went to a port, and, with `to`, to that address; returns how many.
+    """Delete the flows whose first packet went to one of some destinations; returns how many.
 
-    `family` is 4 or 6, `to` an integer. Address and port are those before translation. Raises KernelError.
+    `family` is 4 or 6. A destination is a port and an address as an integer, or None for all addresses, as
+    they were before translation. The flows are read once. Raises KernelError.
     """
-    wanted = port(destination_port), None if to is None else address(family, to)
-    # The source port has to be there, though it is not compared.
+    if not destinations:
+        return 0
+    wanted = {(port(number), None if to is None else address(family, to)) for number, to in destinations}
+    ports = {number for number, _ in wanted}
+    # The ports have to be there, though they are not compared if there are several.
     proto = attr(_PROTO_NUMBER, bytes((protocol,))) + attr(_PROTO_SOURCE, port(0))
-    proto += attr(_PROTO_DESTINATION, wanted[0])
+    proto += attr(_PROTO_DESTINATION, min(ports))
     # Addresses are compared here only: kernels send just the flows to other IPv6 addresses (6.18 does).
     query = nested(_ORIGINAL, nested(_TUPLE_PROTO, proto))
-    query += nested(_FILTER, attr(1, u32(_EQUAL_PROTOCOL | _EQUAL_DESTINATION_PORT)))
+    compared = _EQUAL_PROTOCOL | (_EQUAL_DESTINATION_PORT if len(ports) == 1 else 0)
+    query += nested(_FILTER, attr(1, u32(compared)))
     header = bytes((NFPROTO[family], 0, 0, 0))
     doomed = []
     for message in socket.dump(_SUBSYSTEM << 8 | _GET, header + query):
         flow = attrs(message.body, _NFGENMSG_BYTES)
-        if _goes_to(flow[_ORIGINAL], family, protocol, *wanted):
+        if _goes_to(flow[_ORIGINAL], family, protocol, wanted):
             zone = attr(_ZONE, flow[_ZONE]) if _ZONE in flow else b""
             doomed.append(header + nested(_ORIGINAL, flow[_ORIGINAL]) + attr(_ID, flow[_ID]) + zone)
     for start in range(0, len(doomed), _DELETIONS_AT_ONCE):
         part = doomed[start : start + _DELETIONS_AT_ONCE]
         for answer in socket.transact([(_SUBSYSTEM << 8 | _DELETE, 0, body) for body in part]):
             if answer.errno not in (0, errno.ENOENT):  # the latter: it has ended
-                raise KernelError(f"cannot delete a flow to port {destination_port}: {answer.reason}")
+                raise KernelError(f"cannot delete a flow: {answer.reason}")
     return len(doomed)
 
 
-def _goes_to(tuple_: bytes, family: int, protocol: int, port_: bytes, to: bytes | None) -> bool:
+def _goes_to(tuple_: bytes, family: int, protocol: int, wanted: set[tuple[bytes, bytes | None]]) -> bool:
     parts = attrs(tuple_)
     proto, ip = attrs(parts.get(_TUPLE_PROTO, b"")), attrs(parts.get(_TUPLE_IP, b""))
-    return (
-        proto.get(_PROTO_NUMBER) == bytes((protocol,))
-        and proto.get(_PROTO_DESTINATION) == port_
-        and (to is None or ip.get(_IP_DESTINATION[family]) == to)
-    )
+    number, to = proto.get(_PROTO_DESTINATION, b""), ip.get(_IP_DESTINATION[family])
+    if proto.get(_PROTO_NUMBER) != bytes((protocol,)):
+        return False
+    return (number, None) in wanted or (number, to) in wanted

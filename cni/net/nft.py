@@ -17,7 +17,7 @@ A refused transaction takes 16 ms, as the kernel waits for all processors, and t
 first, and leave refusals to what another process causes. Only that of a generation costs nothing.
 
 `present` tells which of many things exist, in one system call; `chain_names`, `rules`, `set_names`,
-`elements` and `find_elements` list. What does not exist lists as nothing. Raises KernelError. `retry` is for
+`elements`, `any_element_with` and `find_elements` list. What does not exist lists as nothing. Raises KernelError. `retry` is for
 changes that rest on such a list. `present` and `generation` raise NftMissing, a KernelError, where the kernel
 has no nf_tables.
 
@@ -230,10 +230,6 @@ class Transaction:
         body += attr(10, be32(len(self._requests) + 1))
         self._add("add set", table, name, _NEWSET, NLM_F_CREATE, body)
 
-    def flush_set(self, table: Table, name: str) -> None:
-        """Delete the elements of a set."""
-        self._add("flush set", table, name, _DELELEMENT, 0, attr(1, text(table.name)) + attr(2, text(name)))
-
     def delete_set(self, table: Table, name: str) -> None:
         """Delete a set, with its elements, that no rule uses."""
         self._add("delete set", table, name, _DELSET, 0, attr(1, text(table.name)) + attr(2, text(name)))
@@ -365,9 +361,20 @@ def elements(socket: NetlinkSocket, table: Table, name: str, comment_start: str 
     """The elements of a set, or only those whose comment begins with `comment_start`."""
     if not _found(socket.request(*set_query(table, name))):
         return []
-    kind, _, body = _request(_GETELEMENT, 0, table.family, attr(1, text(table.name)) + attr(2, text(name)))
-    found = [one for message in socket.dump(kind, body) for one in _decode(message.body, comment_start)]
+    found = [one for body in _dumped(socket, table, name) for one in _decode(body, comment_start)]
     return [one for one in found if one.comment.startswith(comment_start)]
+
+
+def any_element_with(
+    socket: NetlinkSocket, sets: Sequence[tuple[Table, str]], parts: Sequence[bytes]
+) -> bool:
+    """Whether in any of some sets, of those that exist, there may be an element that holds one of `parts`.
+
+    Nothing is decoded: quick where the answer is no, which is certain then; a yes may be a coincidence.
+    """
+    there = present(socket, [set_query(*one) for one in sets])
+    bodies = (body for one, exists in zip(sets, there, strict=True) if exists for body in _dumped(socket, *one))
+    return any(part in body for body in bodies for part in parts)
 
 
 def find_elements(
@@ -380,6 +387,11 @@ def find_elements(
         requests.append(_request(_GETELEMENT, 0, table.family, body))
     answers = socket.transact(requests) if requests else []
     return [_decode(answer.messages[0].body)[0] if _found(answer) else None for answer in answers]
+
+
+def _dumped(socket: NetlinkSocket, table: Table, name: str) -> list[bytes]:
+    kind, _, body = _request(_GETELEMENT, 0, table.family, attr(1, text(table.name)) + attr(2, text(name)))
+    return [message.body for message in socket.dump(kind, body)]
 
 
 def _request(kind: int, flags: int, family: int, body: bytes) -> Request:

@@ -40,12 +40,13 @@ META_MARK, META_IIFNAME, META_OIFNAME, META_NFPROTO, META_L4PROTO = 3, 6, 7, 15,
 NFPROTO = {4: 2, 6: 10}
 
 _ACCEPT, _DROP = 1, 0
-_JUMP, _GOTO, _RETURN = -3, -4, -5
+_JUMP, _RETURN = -3, -5
 _COMMENT_OF_RULE, _COMMENT_OF_ELEMENT = 0, 0
+_IFNAME_BYTES = 16
 LONGEST_COMMENT = 128  # bytes; what `nft` accepts when it is given its own listing
 _RTN_LOCAL = 2
 _FIB_ADDRTYPE, _FIB_DADDR = 3, 2
-_NAT_SOURCE, _NAT_DESTINATION = 0, 1
+_NAT_DESTINATION = 1
 
 
 def be32(value: int) -> bytes:
@@ -116,7 +117,7 @@ def port(number: int) -> bytes:
 
 
 def ifname(name: str) -> bytes:
-    return name.encode().ljust(16, b"\0")
+    return name.encode().ljust(_IFNAME_BYTES, b"\0")
 
 
 # --- comments
@@ -227,10 +228,6 @@ def jump(chain: str) -> bytes:
     return _final(_JUMP, chain)
 
 
-def goto(chain: str) -> bytes:
-    return _final(_GOTO, chain)
-
-
 def return_() -> bytes:
     return _final(_RETURN)
 
@@ -305,4 +302,18 @@ def read_jump(expressions: bytes) -> str:
             chain = attrs(attrs(attrs(found.get(2, b"")).get(2, b"")).get(2, b"")).get(2)
             if chain:
                 return chain.rstrip(b"\0").decode("utf-8", "replace")
+    return ""
+
+
+def read_iifname(expressions: bytes) -> str:
+    """The interface by which a rule wants its packets to come in; empty if it does not name one."""
+    loaded = False
+    for _, one in attr_list(expressions):
+        found = attrs(one)
+        name, data = found.get(1, b"").rstrip(b"\0"), attrs(found.get(2, b""))
+        if loaded and name == b"cmp" and data.get(2) == be32(EQ):
+            compared = attrs(data.get(3, b"")).get(1, b"")
+            # Less than a whole name is a pattern as "veth*".
+            return compared.rstrip(b"\0").decode("utf-8", "replace") if len(compared) == _IFNAME_BYTES else ""
+        loaded = name == b"meta" and data.get(2) == be32(META_IIFNAME)
     return ""

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _AF_NETLINK, _SOCK_RAW, _SOCK_CLOEXEC = 16, 3, 0o2000000
 ROUTE, NETFILTER = 0, 12  # protocols
 _SOL_NETLINK, _CAP_ACK, _EXT_ACK, _STRICT = 270, 10, 11, 12
+_SOL_SOCKET, _SEND_BUFFER, _SEND_BUFFER_FORCE = 1, 7, 32
+_MESSAGE_TOO_LONG = 90  # EMSGSIZE
 _RECEIVE_BYTES = 1 << 18
 _NO_SUCH_PROTOCOL = (93, 94, 97)  # EPROTONOSUPPORT, ESOCKTNOSUPPORT, EAFNOSUPPORT
 _MAX_INTERRUPTED_DUMPS = 20
@@ -147,9 +149,22 @@ class NetlinkSocket:
 
     def _send(self, data: bytes) -> None:
         try:
-            self._socket.send(data)
+            try:
+                self._socket.send(data)
+            except OSError as exc:
+                if exc.errno != _MESSAGE_TOO_LONG:
+                    raise
+                self._make_room(len(data))
+                self._socket.send(data)
         except OSError as exc:
             raise KernelError(f"cannot send to the kernel: {exc.strerror}") from None
+
+    def _make_room(self, size: int) -> None:
+        """Let that much be sent at once, or as much of it as we may; the kernel takes twice the number."""
+        try:
+            self._socket.setsockopt(_SOL_SOCKET, _SEND_BUFFER_FORCE, size)
+        except PermissionError:
+            self._socket.setsockopt(_SOL_SOCKET, _SEND_BUFFER, size)
 
     def _receive(self) -> bytes:
         try:

@@ -45,7 +45,7 @@ _IFLA_PROMISCUITY = 30
 _SKIP_STATS, _BRIDGE_VLANS = 1 << 3, 1 << 1
 _INFO_KIND, _INFO_DATA, _INFO_SLAVE_KIND, _INFO_SLAVE_DATA = 1, 2, 4, 5
 _VETH_PEER, _BR_VLAN_FILTERING = 1, 7
-_BRPORT_STATE, _BRPORT_HAIRPIN, _BRPORT_ISOLATED = 1, 4, 33
+_BRPORT_HAIRPIN, _BRPORT_ISOLATED = 4, 33
 _BRIDGE_VLAN_INFO = 2
 _VLAN_PVID, _VLAN_UNTAGGED = 1 << 1, 1 << 2
 _OPER_UP = 6
@@ -55,7 +55,8 @@ IFA_F_NODAD, IFA_F_DADFAILED, IFA_F_TENTATIVE, _IFA_F_PERMANENT = 0x02, 0x08, 0x
 
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_TABLE = 1, 4, 5, 6, 15
 RT_TABLE_MAIN, _RTPROT_BOOT, _RTN_UNICAST, _RT_SCOPE_LINK = 254, 3, 1, 253
-_NDA_DST, _NDA_LLADDR, _NUD_STALE = 1, 2, 0x04
+_NDA_DST, _NDA_LLADDR = 1, 2
+_NUD_INCOMPLETE, _NUD_STALE, _NUD_FAILED = 0x01, 0x04, 0x20
 
 
 class LinkState:
@@ -282,6 +283,12 @@ def add_route(
 def get_neighbour(ifindex: int, address: Cidr) -> Request:
     """Ask what a link knows of an address (Linux 5.0); refused if it knows nothing."""
     return _RTM_GETNEIGH, 0, _neighbour(ifindex, address, 0)
+
+
+def is_reached(body: bytes) -> bool:
+    """Whether a neighbour has answered some time, and not failed to since."""
+    state: int = _NDMSG.unpack_from(body)[2]
+    return not state & (_NUD_INCOMPLETE | _NUD_FAILED)
 
 
 def drop_neighbour(ifindex: int, address: Cidr) -> Request:

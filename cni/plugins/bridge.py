@@ -60,15 +60,18 @@ class Bridge:
         try:
             made = attachment.make()
             return result.convert(made, wanted)
-        except (CniError, result.ResultError, KernelError) as exc:
+        except (result.ResultError, KernelError) as exc:
             attachment.undo()
-            raise exc if isinstance(exc, CniError) else CniError(INTERNAL, str(exc)) from None
+            raise CniError(INTERNAL, str(exc)) from None
+        except BaseException:
+            attachment.undo()
+            raise
 
     def delete(self, request: Request) -> None:
         """Detach: link, address, rules. All is tried, and the first failure raised as CniError."""
         conf = BridgeConf(request)
-        ipam = Ipam(self._host, conf.ipam_type, request) if conf.ipam_type else None
         failures: list[CniError] = []
+        ipam = self._ipam_for_delete(request, conf, failures)
         addresses: list[Cidr] = []
         _try(failures, lambda: self._unplug(request, conf, addresses))
         if ipam is not None:
@@ -77,11 +80,19 @@ class Bridge:
             from cni.plugins import macspoof
 
             _try(failures, lambda: macspoof.remove(self._host, request.container_id, request.ifname))
-        if ipam is not None:
+        if conf.ipam_type:
             _try(failures, lambda: self._stop_masquerading(request, conf, addresses))
         _try(failures, lambda: self._forget_neighbours(conf, addresses))
         if failures:
             raise failures[0]
+
+    def _ipam_for_delete(self, request: Request, conf: BridgeConf, failures: list[CniError]) -> Ipam | None:
+        """The IPAM plugin; one that is missing does not keep the link. Raises Declined."""
+        try:
+            return Ipam(self._host, conf.ipam_type, request) if conf.ipam_type else None
+        except CniError as exc:
+            failures.append(exc)
+            return None
 
     def check(self, request: Request) -> None:
         """Compare prevResult and netconf with what is there; raises CniError naming what differs."""

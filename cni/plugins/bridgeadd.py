@@ -12,17 +12,19 @@ from __future__ import annotations
 
 import time
 
-from cni.errors import INTERNAL, CniError, KernelError
+from cni.errors import INTERNAL, INVALID_CONFIG, CniError, KernelError
 from cni.net import rtlink
 from cni.net.rtlink import IFA_F_DADFAILED, IFA_F_TENTATIVE, AddressState
-from cni.plugins.bridgegate import Gateway
-from cni.plugins.bridgeport import await_port, ensure_bridge, plug
+from cni.plugins.bridgegate import Gateway, gateway_of
+from cni.plugins.bridgeport import await_port, ensure_bridge, pin_mac, plug
 from cni.plugins.ipam import Ipam
 from cni.plugins.links import carry_out, ensure, expect, find, objects, ports, random_mac, try_write
 from cni.spec.address import Cidr, parse_cidr, parse_ip
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cni.host import Host, Netns
     from cni.net.nlmsg import Message as NetlinkMessage
     from cni.net.nlmsg import Request as Message
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from cni.spec.request import Request
 
 _SETTLE_S, _FIRST_PAUSE_S = 5.0, 0.001
-_PROBE_S, _PROBES_S = 0.03, 1.0  # one pod's time to answer, and the time for all that are asked
+_PROBE_S, _PROBES_S = 0.05, 0.5  # the pods' time to answer, and the time for all that are asked one by one
 
 
 class Attachment:
@@ -43,7 +45,8 @@ class Attachment:
         self._host = host
         self._request = request
         self._conf = conf
-        self._ipam = Ipam(host, conf.ipam_type, request, Users(host, conf.bridge)) if conf.ipam_type else None
+        self._users = Users(host, conf.bridge)
+        self._ipam = Ipam(host, conf.ipam_type, request, self._users) if conf.ipam_type else None
         self._gateway: Gateway | None = None
         self._veth = ""
         self._allotted: gojson.Object | None = None
@@ -54,9 +57,15 @@ class Attachment:
         conf = self._conf
         bridge = ensure_bridge(self._host, conf)
         netns = self._host.netns(self._request.netns)
+        if self._ipam is not None and conf.gateway:
+            known = self._ipam.gateways()
+            conf.check_mtu(any(cidr.family == 6 for cidr in known))
+            self._gateway = Gateway(self._host, conf, bridge)
+            self._gateway.set_up(known)
         mac = conf.mac or random_mac()
         port = plug(self._host, conf, bridge, netns, self._request.ifname, mac)
-        self._veth = port.name
+        self._veth = self._users.own_port = port.name
+        pin_mac(self._host, bridge)
         interfaces: list[gojson.Object] = [
             {"name": bridge.name, "mac": bridge.mac},
             {"name": port.name, "mac": port.mac},
@@ -69,9 +78,6 @@ class Attachment:
             self._rules.append("macspoof")
             macspoof.add(self._host, self._request.container_id, self._request.ifname, port.name, mac)
         if self._ipam is not None:
-            if conf.gateway:
-                self._gateway = Gateway(self._host, conf, bridge, port)
-                self._gateway.check(self._ipam.gateways())
             self._allotted = self._ipam.add()
             made |= self._layer3(netns, port, interfaces)
         elif not conf.interface_down:
@@ -89,21 +95,25 @@ class Attachment:
     def undo(self) -> None:
         """Take back what `make` has done so far; what fails is left to the DEL to come, and noted."""
         host, request = self._host, self._request
+        if self._veth:
+            self._try(lambda: host.delete_link(host.route, self._veth))
+        if self._ipam is not None and self._allotted is not None:
+            ipam, allotted = self._ipam, self._allotted
+            self._try(lambda: ipam.undo(allotted))
+        if "macspoof" in self._rules:
+            from cni.plugins import macspoof
+
+            self._try(lambda: macspoof.remove(host, request.container_id, request.ifname))
+        if "masq" in self._rules:
+            from cni.plugins import masq
+
+            self._try(lambda: masq.remove(host, self._conf.name, request.container_id, request.ifname))
+
+    def _try(self, step: Callable[[], object]) -> None:
         try:
-            if self._veth:
-                host.delete_link(host.route, self._veth)
-            if self._ipam is not None and self._allotted is not None:
-                self._ipam.undo(self._allotted)
-            if "macspoof" in self._rules:
-                from cni.plugins import macspoof
-
-                macspoof.remove(host, request.container_id, request.ifname)
-            if "masq" in self._rules:
-                from cni.plugins import masq
-
-                masq.remove(host, self._conf.name, request.container_id, request.ifname)
+            step()
         except (CniError, KernelError) as exc:
-            host.note(f"bridge: undoing the failed ADD failed too, DEL will do it: {exc}")
+            self._host.note(f"bridge: undoing the failed ADD failed too, DEL will do it: {exc}")
 
     # ---- addresses and routes
 
@@ -122,7 +132,7 @@ class Attachment:
         routes = self._with_default_routes(objects(allotted, "routes"), ips)
         self._configure(netns, port.peer, ips, routes)
         if self._gateway is not None:
-            self._gateway.set_up(ips)
+            self._gateway.set_up([gateway_of(ip) for ip in ips], port.name)
             extra = self._gateway.vlan_link
             if extra is not None:
                 interfaces.append({"name": extra.name, "mac": extra.mac})
@@ -236,22 +246,24 @@ class Attachment:
 
 
 class Users:
-    """Who is there to have an address: the pods at a bridge."""
+    """Who is there to have an address: the pods at a bridge. `own_port` is that of the pod to come."""
 
-    __slots__ = ("_bridge", "_deadline", "_host", "_link")
+    __slots__ = ("_bridge", "_deadline", "_host", "_link", "own_port")
 
     def __init__(self, host: Host, bridge: str) -> None:
         self._host = host
         self._bridge = bridge
         self._link: LinkState | None = None
         self._deadline = 0.0
+        self.own_port = ""
 
-    def have(self, text: str) -> bool:
-        """Whether one of them has the address; True when that cannot be told in time."""
+    def have(self, addresses: list[str]) -> set[str]:
+        """Those that one of them has; all of them when that cannot be told."""
         bridge = find(self._host.route, self._bridge)
-        if bridge is None or not ports(self._host.route, bridge):
-            return False
-        return self._answer(bridge, text)
+        if bridge is None or not any(port.name != self.own_port for port in ports(self._host.route, bridge)):
+            return set()
+        found = self._answering(bridge, addresses)
+        return set(addresses) if found is None else found
 
     def are_known_to_have(self, text: str) -> bool:
         """Whether the host has heard lately from somebody who has the address, and he still answers.
@@ -263,20 +275,21 @@ class Users:
         if self._link is None:
             return False
         known = self._host.route.request(*rtlink.get_neighbour(self._link.ifindex, Cidr(*parse_ip(text), 0)))
-        return bool(known.messages) and self._answer(self._link, text)
-
-    def _answer(self, bridge: LinkState, text: str) -> bool:
+        if not any(rtlink.is_reached(message.body) for message in known.messages):
+            return False
         now = time.monotonic()
         self._deadline = self._deadline or now + _PROBES_S
-        if now > self._deadline:
-            return True
-        from cni.net.probe import answers
+        return now < self._deadline and bool(self._answering(self._link, [text]))
 
+    def _answering(self, bridge: LinkState, addresses: list[str]) -> set[str] | None:
+        from cni.net.probe import answering
+
+        cidrs = {Cidr(*parse_ip(text), 0): text for text in addresses}
         try:
-            return answers(self._bridge, bridge.mac, Cidr(*parse_ip(text), 0), _PROBE_S)
+            return {cidrs[one] for one in answering(self._bridge, bridge.mac, list(cidrs), _PROBE_S)}
         except OSError as exc:
-            self._host.note(f"bridge: cannot ask the pods at {self._bridge} for {text}: {exc.strerror}")
-            return True
+            self._host.note(f"bridge: cannot ask the pods at {self._bridge} for addresses: {exc.strerror}")
+            return None
 
 
 def _route_steps(
@@ -293,6 +306,12 @@ def _route_steps(
         dst = parse_cidr(str(route["dst"])).network()
         via = parse_ip(str(route["gw"])) if route.get("gw") else first.get(dst.family)
         table, priority, scope = (_number(route, name) for name in ("table", "priority", "scope"))
+        if not (0 <= priority < 1 << 32 and 0 <= table < 1 << 32 and 0 <= scope < 1 << 8):
+            raise CniError(
+                INVALID_CONFIG,
+                f"route {route['dst']}: priority {priority} and table {table} must be from 0 to 4294967295, "
+                f"scope {scope} from 0 to 255",
+            )
         key = (dst, via, table, priority)
         if key in seen:
             continue

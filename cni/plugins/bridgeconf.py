@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 _INT64 = 2**63 - 1
 _HIGHEST_VLAN = 4094
+_HIGHEST_MTU = 2**31 - 1  # a signed number in the kernel
 _HEX = frozenset("0123456789abcdefABCDEF")
 _LONGEST_NAME = 15  # the kernel's IFNAMSIZ less the final NUL
+_LARGEST_MTU = 2**31 - 1  # the kernel's own is less for most kinds of links; it says so itself
 _SMALLEST_IPV6_MTU = 1280  # RFC 8200, section 5
 
 # Every key that this plugin knows, besides those that any netconf has.
@@ -82,7 +84,7 @@ class BridgeConf:
         self.force_address = gojson.typed(record, "forceAddress", bool, False)
         self.masquerade = gojson.typed(record, "ipMasq", bool, False)
         self.masquerade_backend = gojson.typed(record, "ipMasqBackend", str, "")
-        self.mtu = max(0, gojson.integer(record, "mtu", 0, -_INT64, _INT64) or 0)
+        self.mtu = max(0, gojson.integer(record, "mtu", 0, -_INT64, _HIGHEST_MTU) or 0)
         self.hairpin = gojson.typed(record, "hairpinMode", bool, False)
         self.promiscuous = gojson.typed(record, "promiscMode", bool, False)
         self.preserve_default_vlan = gojson.typed(record, "preserveDefaultVlan", bool, False)
@@ -122,6 +124,8 @@ class BridgeConf:
             )
         if self.mac:
             self.mac = _parse_mac(self.mac)
+        if self.mtu > _LARGEST_MTU:
+            raise CniError(INVALID_CONFIG, f"mtu is {self.mtu}, no link can have more than {_LARGEST_MTU}")
         if self.masquerade_backend not in ("", "iptables", "nftables"):
             raise CniError(INTERNAL, f"unknown ipmasq backend {gojson.dumps(self.masquerade_backend)}")
 
@@ -134,7 +138,8 @@ class BridgeConf:
 
 
 def _unfit(name: str) -> bool:
-    return any(c in "/:%" or c.isspace() for c in name)  # the kernel puts a number for %d
+    # The kernel puts a number for %d, and ends a name at a NUL.
+    return any(c in "/:%\0" or c.isspace() for c in name)
 
 
 def _requested_mac(record: gojson.Object) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from cni.errors import INTERNAL, CniError
 from cni.net import rtlink
+from cni.net.rtlink import LinkState
 from cni.plugins.bridgeport import ensure_vlan_link
-from cni.plugins.links import EEXIST, addresses, ensure, expect, ports
+from cni.plugins.links import EEXIST, NamespaceLock, addresses, ensure, expect, ports
 from cni.spec.address import Cidr, parse_cidr, parse_ip
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cni.host import Host
-    from cni.net.rtlink import LinkState
     from cni.plugins.bridgeconf import BridgeConf
     from cni.spec import gojson
 
@@ -19,16 +19,15 @@ FORWARDING = {4: "ipv4/ip_forward", 6: "ipv6/conf/all/forwarding"}
 
 
 class Gateway:
-    """The gateway of one pod's networks. `port` is that pod's, a port of `bridge`."""
+    """The gateway of one pod's networks."""
 
-    __slots__ = ("_bridge", "_conf", "_host", "_link", "_port", "_present")
+    __slots__ = ("_bridge", "_conf", "_host", "_link", "_present")
 
-    def __init__(self, host: Host, conf: BridgeConf, bridge: LinkState, port: LinkState) -> None:
+    def __init__(self, host: Host, conf: BridgeConf, bridge: LinkState) -> None:
         """Raises CniError if the interface of the VLAN cannot be made."""
         self._host = host
         self._conf = conf
         self._bridge = bridge
-        self._port = port
         self._link = ensure_vlan_link(host, conf, bridge) if conf.vlan else bridge
         self._present: dict[int, list[Cidr]] = {}
 
@@ -37,20 +36,17 @@ class Gateway:
         """The interface that has the addresses, if that is not the bridge."""
         return self._link if self._conf.vlan else None
 
-    def check(self, wanted: list[Cidr]) -> None:
-        """Raise CniError if `set_up` would fail for these: before an address is reserved in vain."""
-        for cidr in wanted:
-            clashes = self._clashes(cidr)
-            if clashes:
-                self._check_replaceable(clashes, cidr)
+    def set_up(self, wanted: list[Cidr], own_port: str = "") -> None:
+        """Put gateways on the link, IPv4 first, and switch forwarding on; repeated it costs nothing.
 
-    def set_up(self, ips: list[gojson.Object]) -> None:
-        """Put the gateways of `ips` on the link, IPv4 first, and switch forwarding on. Raises CniError."""
-        wanted = [gateway_of(ip) for ip in ips]
+        `own_port` is the port of the pod itself, once it is there. Raises CniError.
+        """
         for family, setting in FORWARDING.items():
             mine = [cidr for cidr in wanted if cidr.family == family]
+            missing = [cidr for cidr in mine if cidr not in self._addresses(family)]
+            for cidr in missing:
+                self._put(cidr, own_port)
             if mine:
-                self._ensure_addresses(family, mine)
                 ensure(self._host.sysctl(setting), "1", "enable forwarding")
 
     @property
@@ -58,19 +54,26 @@ class Gateway:
         where = "vlan interface for bridge with addr" if self._conf.vlan else "bridge addr"
         return f"failed to set {where}"
 
-    def _ensure_addresses(self, family: int, wanted: list[Cidr]) -> None:
-        for cidr in wanted:
-            if cidr in self._addresses(family):
-                continue
-            self._replace(self._clashes(cidr), cidr)
-            self._add(cidr)
-
     def _addresses(self, family: int) -> list[Cidr]:
-        """What the link had when it was first looked at, less what was removed since."""
+        """What the link had when it was last looked at."""
         if family not in self._present:
             found = addresses(self._host.route, family, self._link)
             self._present[family] = [one.cidr for one in found]
         return self._present[family]
+
+    def _put(self, cidr: Cidr, own_port: str) -> None:
+        """Give the link an address, in the place of those that it cannot stand beside."""
+        if not self._clashes(cidr):
+            self._add(cidr)
+            return
+        # Of pods that start together on a new subnet the first replaces the address, before any is a port.
+        with NamespaceLock():
+            self._present.pop(cidr.family)
+            clashes = self._clashes(cidr)
+            if clashes:
+                self._replace(clashes, cidr, own_port)
+            if cidr not in self._addresses(cidr.family):
+                self._add(cidr)
 
     def _clashes(self, wanted: Cidr) -> list[Cidr]:
         """The addresses that `wanted` cannot stand beside: any of IPv4, those of IPv6 that overlap."""
@@ -78,6 +81,31 @@ class Gateway:
         if wanted in present:
             return []
         return [one for one in present if wanted.family == 4 or _overlap(one, wanted)]
+
+    def _replace(self, clashes: list[Cidr], wanted: Cidr, own_port: str) -> None:
+        """Remove addresses that are in the way: if it was asked for, or no other pod needs them."""
+        name, listed = self._link.name, ", ".join(map(str, clashes))
+        mine = {own_port, *self._vlan_port()}
+        others = [one for one in ports(self._host.route, self._bridge) if one.name not in mine]
+        if others and not self._conf.force_address:
+            text = f'{self._failed}: "{name}" already has an IP address different from {wanted}'
+            details = (
+                f"it has {listed}, and {len(others)} ports of other pods; "
+                f"stop those pods, or set forceAddress, or delete {name}"
+            )
+            raise CniError(INTERNAL, text, details)
+        self._host.note(f"bridge: {wanted} takes the place of {listed} on {name}")
+        for clash in clashes:
+            answer = self._host.route.request(*rtlink.drop_address(self._link.ifindex, clash))
+            expect(answer, f'{self._failed}: could not remove IP address from "{name}"')
+            self._present[wanted.family].remove(clash)
+
+    def _vlan_port(self) -> list[str]:
+        """The other end of the VLAN's interface, which is a port as well."""
+        if not self._conf.vlan:
+            return []
+        answer = self._host.route.request(*rtlink.get_link(ifindex=self._link.peer))
+        return [LinkState(message.body).name for message in answer.messages]
 
     def _add(self, cidr: Cidr) -> None:
         link, detect = self._link, self._conf.detect_duplicates
@@ -93,30 +121,7 @@ class Gateway:
             text = f'{self._failed}: could not add IP address to "{link.name}": {added.reason}{hint}'
             raise CniError(INTERNAL, text)
         expect(pinned, f"{self._failed}: could not set bridge's mac")
-
-    def _check_replaceable(self, clashes: list[Cidr], wanted: Cidr) -> None:
-        """Raise CniError unless they may go: it was asked for, or no other pod needs them."""
-        name, listed = self._link.name, ", ".join(map(str, clashes))
-        others = [one for one in ports(self._host.route, self._bridge) if one.name != self._port.name]
-        if others and not self._conf.force_address:
-            text = f'{self._failed}: "{name}" already has an IP address different from {wanted}'
-            details = (
-                f"it has {listed}, and {len(others)} ports of other pods; "
-                f"stop those pods, or set forceAddress, or delete {name}"
-            )
-            raise CniError(INTERNAL, text, details)
-
-    def _replace(self, clashes: list[Cidr], wanted: Cidr) -> None:
-        """Remove addresses that are in the way."""
-        if not clashes:
-            return
-        self._check_replaceable(clashes, wanted)
-        name = self._link.name
-        self._host.note(f"bridge: {wanted} takes the place of {', '.join(map(str, clashes))} on {name}")
-        for clash in clashes:
-            answer = self._host.route.request(*rtlink.drop_address(self._link.ifindex, clash))
-            expect(answer, f'{self._failed}: could not remove IP address from "{name}"')
-            self._present[wanted.family].remove(clash)
+        self._addresses(cidr.family).append(cidr)
 
     def _why_no_ipv6(self) -> str:
         name = self._link.name

@@ -45,11 +45,10 @@ def ensure_bridge(host: Host, conf: BridgeConf) -> LinkState:
         raise CniError(INTERNAL, f'{failed}: "{conf.bridge}" already exists but is not a bridge')
     # Routes of this link are ours to give.
     try_write(host.sysctl(f"ipv6/conf/{conf.bridge}/accept_ra"), "0")
-    promiscuous = conf.promiscuous and not bridge.promiscuity
     mac = random_mac() if bridge.mac == _NO_MAC else ""
-    if mac or promiscuous or not bridge.up:
+    if mac or conf.promiscuous or not bridge.up:
         bridge.mac = mac or bridge.mac
-        change = rtlink.set_link(bridge.ifindex, up=True, mac=mac, promiscuous=promiscuous)
+        change = rtlink.set_link(bridge.ifindex, up=True, mac=mac, promiscuous=conf.promiscuous)
         expect(host.route.request(*change), failed)
     return bridge
 
@@ -136,8 +135,20 @@ def ensure_vlan_link(host: Host, conf: BridgeConf, bridge: LinkState) -> LinkSta
     return found
 
 
+def pin_mac(host: Host, bridge: LinkState) -> None:
+    """Give the bridge back the MAC that it had before the port came: it is one that nobody had given it.
+
+    Pods that know the gateway by it would have to learn another with each port that comes or goes.
+    """
+    now = must_find(host.route, bridge.name, f'could not lookup "{bridge.name}"')
+    if now.mac != bridge.mac:
+        expect(
+            host.route.request(*rtlink.set_link(bridge.ifindex, mac=bridge.mac)), "could not set bridge's mac"
+        )
+
+
 def await_port(host: Host, port: LinkState) -> None:
-    """Return once frames pass the port; the kernel needs a moment at most, and mostly none."""
+    """Return once the port is up; the kernel needs a moment at most, and mostly none."""
     deadline, pause = time.monotonic() + _PORT_UP_S, _FIRST_PAUSE_S
     while True:
         found = must_find(host.route, port.name, f'failed to lookup "{port.name}"')

@@ -20,7 +20,7 @@ import errno
 import os
 
 from cni.errors import INTERNAL, NOT_AVAILABLE, CniError
-from cni.ipam.allocate import NothingFree, Refused, has_free, take_one
+from cni.ipam.allocate import NothingFree, Refused, take_one
 from cni.ipam.config import IpamConfig, Place, address_text, count_sets, resolver
 from cni.ipam.reclaim import RESULTS, Reclaimer
 from cni.ipam.store import Held, Store, StoreFault, attachment_of, bare_owner, owner_of
@@ -45,11 +45,11 @@ if TYPE_CHECKING:
     class AddressUsers(Protocol):
         """Those who may have an address, as the kernel knows them."""
 
-        def have(self, text: str) -> bool:
-            """Whether somebody has the address; True when that cannot be told."""
+        def have(self, addresses: list[str]) -> set[str]:
+            """Those of the addresses that somebody has; all of them when that cannot be told."""
 
         def are_known_to_have(self, text: str) -> bool:
-            """The same, asked for each address that is given, and so of nobody without reason."""
+            """Whether somebody has this one; asked for each address that is given, so it must cost little."""
 
 
 _STORE_MODE = 0o755
@@ -179,14 +179,16 @@ class HostLocal:
             raise CniError(INTERNAL, text)
 
     def status(self, request: Request) -> None:
-        """Raise CniError unless an ADD could work; code 50 if the store or the addresses are at fault."""
-        config = _config(request)
+        """Raise CniError unless an ADD could work; code 50 if the store is at fault.
+
+        That no address is left is told by metrics and notes: a runtime that hears 50 reports its whole node
+        as not ready, and the pods that have the addresses would be driven out.
+        """
+        config = self._config(request)
         self._resolver(config.resolv_conf)
         try:
-            with self._existing(config.place) as store, store.held() as held:
+            with self._existing(config.place):
                 self._check_writable(config.place.store)
-                for one in config.sets:
-                    self._check_not_exhausted(config.place, held, one)
         except FileNotFoundError:
             self._check_creatable(config.place.store)
         except OSError as exc:
@@ -218,15 +220,6 @@ class HostLocal:
                 whose = f"{container_id or 'nobody'} {ifname}".rstrip()
                 why = f"{whose} is no valid attachment"
                 self._host.note(f"host-local: freed {name} in {place.store}: {why}")
-
-    def _check_not_exhausted(self, place: Place, held: Held, one: RangeSet) -> None:
-        taken = held.holdings.taken[one.family]
-        if has_free(one, taken):
-            return
-        # What an ADD would free must not keep the runtime from trying one.
-        if not (self._reclaimer(place).when_exhausted(held) and has_free(one, taken)):
-            text = f"no IP addresses available in range set: {one}"
-            raise CniError(NOT_AVAILABLE, text, f"all {one.size} are reserved in {place.store}")
 
     def _check_creatable(self, path: str) -> None:
         """Raise CniError 50 unless the missing directory can be made."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 
 from cni.errors import INTERNAL, CniError
@@ -77,6 +78,22 @@ def ensure(setting: Sysctl, value: str, purpose: str) -> None:
     except OSError as exc:
         reason = (exc.strerror or str(exc)).lower()
         raise CniError(INTERNAL, f"failed to {purpose}: {setting.name}={value}: {reason}") from None
+
+
+class NamespaceLock:
+    """What one call at a time may do in the host's network namespace, whatever process serves it.
+
+    A context manager.
+    """
+
+    __slots__ = ("_descriptor",)
+
+    def __enter__(self) -> None:
+        self._descriptor = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+
+    def __exit__(self, *_exc: object) -> None:
+        os.close(self._descriptor)
 
 
 def random_mac() -> str:

@@ -32,7 +32,7 @@ from cni.spec.digest import digits
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from cni.host import Host
     from cni.net.nlsocket import NetlinkSocket
@@ -41,6 +41,7 @@ TABLE = nft.Table(nft.INET, "flannel_cni")
 CHAIN = "postrouting"
 _MULTICAST = {4: Cidr(4, 0xE0000000, 4), 6: Cidr(6, 0xFF << 120, 8)}
 _LEFT_ALONE = [f"multicast {network}" for network in _MULTICAST.values()]
+_LONGEST_IFNAME = 15
 _UPSTREAM_TABLE, _UPSTREAM_CHAIN = nft.Table(nft.INET, "cni_plugins_masquerade"), "masq_checks"
 
 
@@ -73,8 +74,8 @@ def remove(
 ) -> None:
     """Remove what `add`, or upstream, set up for one attachment; nothing there is no error.
 
-    Without `addresses` they are found by their comments, which takes longer on a node of many pods. Raises
-    KernelError (NftRefused) and CniError as `add`.
+    Without `addresses`, or if one of them is not (or no longer) this attachment's, they are found by their
+    comments, which takes longer on a node of many pods. Raises KernelError (NftRefused) and CniError as `add`.
     """
     _remove_from_tables(host, _identity(network, container_id, ifname), addresses)
     xtables.remove_chains(host, "nat", [iptables_chain(network, container_id)], ["POSTROUTING"])
@@ -104,7 +105,19 @@ def check(
 def sweep(host: Host, live: Callable[[str], bool]) -> int:
     """Drop the addresses whose host veth is gone, and what is then empty; returns how many addresses.
 
-    `live` tells of an interface of the host, by name, whether it exists.
+    `live` tells of an interface of the host, by name, whether it exists. What names none is left alone.
+    """
+    known_or_live = asked_once(live)
+    try:
+        return nft.retry(lambda: _sweep(host.netfilter, known_or_live))
+    except ProtocolMissing:
+        return 0
+
+
+def asked_once(live: Callable[[str], bool]) -> Callable[[str], bool]:
+    """`live`, which is asked only once for each name.
+
+    A node on which pods come and go lets a sweep pass only if it asks nothing twice.
     """
     known: dict[str, bool] = {}
 
@@ -113,11 +126,7 @@ def sweep(host: Host, live: Callable[[str], bool]) -> int:
             known[veth] = live(veth)
         return known[veth]
 
-    try:
-        # A node on which pods come and go lets a sweep pass only if it asks nothing twice.
-        return nft.retry(lambda: _sweep(host.netfilter, known_or_live))
-    except ProtocolMissing:
-        return 0
+    return known_or_live
 
 
 def iptables_chain(network: str, container_id: str) -> str:
@@ -195,17 +204,20 @@ def _remove_from_tables(host: Host, identity: str, addresses: Sequence[Cidr] | N
 
 def _remove(socket: NetlinkSocket, identity: str, addresses: Sequence[Cidr] | None) -> None:
     change = nft.Transaction(nft.generation(socket))
-    found: Iterable[tuple[str, nft.Element | None]]
-    if addresses is None:
+    found = _at(socket, identity, addresses or ())
+    if addresses is None or len(found) < len(addresses):
         found = [(name, one) for name in _sets(socket) for one in nft.elements(socket, TABLE, name, identity)]
-    else:
-        places = [(_set_name(address.network()), _key(address)) for address in addresses]
-        elements = nft.find_elements(socket, TABLE, places)
-        found = [(name, one) for (name, _), one in zip(places, elements, strict=True)]
     for name, one in found:
-        if one is not None and one.comment.startswith(identity):
-            change.delete_elements(TABLE, name, [one])
+        change.delete_elements(TABLE, name, [one])
     change.commit(socket)
+
+
+def _at(socket: NetlinkSocket, identity: str, addresses: Sequence[Cidr]) -> list[tuple[str, nft.Element]]:
+    """Set and element of each address that is an attachment's."""
+    places = [(_set_name(address.network()), _key(address)) for address in addresses]
+    elements = nft.find_elements(socket, TABLE, places)
+    found = [(name, one) for (name, _), one in zip(places, elements, strict=True) if one is not None]
+    return [(name, one) for name, one in found if one.comment.startswith(identity)]
 
 
 def _sweep(socket: NetlinkSocket, live: Callable[[str], bool]) -> int:
@@ -215,7 +227,7 @@ def _sweep(socket: NetlinkSocket, live: Callable[[str], bool]) -> int:
     empty, dropped = [], 0
     for name in sets:
         elements = nft.elements(socket, TABLE, name)
-        dead = [one for one in elements if not live(_veth(one.comment))]
+        dead = [one for one in elements if _is_dead(one, live)]
         dropped += len(dead)
         if len(dead) == len(elements):
             empty.append(name)
@@ -232,6 +244,12 @@ def _sweep(socket: NetlinkSocket, live: Callable[[str], bool]) -> int:
             change.delete_set(TABLE, name)
     change.commit(socket)
     return dropped
+
+
+def _is_dead(element: nft.Element, live: Callable[[str], bool]) -> bool:
+    veth = _veth(element.comment)
+    # Else somebody else made it.
+    return 0 < len(veth.encode()) <= _LONGEST_IFNAME and not live(veth)
 
 
 def _set_name(network: Cidr) -> str:

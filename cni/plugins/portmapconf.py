@@ -202,6 +202,11 @@ class Owner:
     def key(self) -> tuple[str, str, str]:
         return self.network, self.container_id, self.ifname
 
+    @property
+    def comment_start(self) -> str:
+        """What the comments of the attachment's claims begin with."""
+        return f"{self.network} {self.container_id} {self.ifname} "
+
 
 class Claim:
     """A port of the node, asked for by an attachment.
@@ -246,8 +251,7 @@ class Claim:
     def comment(self) -> str:
         """All that the element of the packet filter does not say by itself; see `read_claim`."""
         masquerade = "-" if self.source_prefix is None else f"{self.source_prefix}/{self.mark_bit}"
-        owner = self.owner
-        return f"{owner.network} {owner.container_id} {owner.ifname} {owner.veth} {self.order} {masquerade}"
+        return f"{self.owner.comment_start}{self.owner.veth} {self.order} {masquerade}"
 
     def __str__(self) -> str:
         host = "*" if self.host is None else format_ip(self.family, self.host)
@@ -261,6 +265,8 @@ def read_claim(port: tuple[int | None, int, int], target: tuple[int, int, int], 
     if len(words) != 6 or not words[4].isdigit():
         return None
     network, container_id, ifname, veth, order, masquerade = words
+    if not 0 < len(veth) <= _LONGEST_IFNAME:
+        return None
     prefix, slash, bit = masquerade.partition("/")
     if slash and not (prefix.isdigit() and bit.isdigit()):
         return None

@@ -45,8 +45,8 @@ class Scratch:
             )
         try:
             with self._host.files.directory(self._path, 0o700) as directory:
-                self._place(directory, f"{container_id}@{ifname}", data)
-                self._place(directory, container_id, data)
+                self._place(directory, f"{container_id}@{ifname}", ifname, data)
+                self._place(directory, container_id, ifname, data)
                 self._sync_directory(directory)
         except OSError as exc:
             raise self._refused("write", container_id, exc) from None
@@ -71,14 +71,14 @@ class Scratch:
         try:
             with self._host.files.directory(self._path or ".") as directory:
                 for name in (container_id, f"{container_id}@{ifname}"):
-                    _unlink(directory, _temporary(name))
+                    _unlink(directory, _temporary(name, ifname))
                 _unlink(directory, f"{container_id}@{ifname}")
                 others = [_read(directory, name) for name in _siblings(directory, container_id)]
                 heirs = [data for data in others if data is not None]
                 if not heirs:
                     _unlink(directory, container_id)
                 elif _read(directory, container_id) not in heirs:
-                    self._place(directory, container_id, heirs[0])
+                    self._place(directory, container_id, ifname, heirs[0])
                     self._sync_directory(directory)
         except FileNotFoundError:
             return
@@ -106,8 +106,8 @@ class Scratch:
             raise self._refused("read", "", exc) from None
         return found
 
-    def _place(self, directory: Directory, name: str, data: bytes) -> None:
-        temporary = f"{directory.at}/{_temporary(name)}"
+    def _place(self, directory: Directory, name: str, ifname: str, data: bytes) -> None:
+        temporary = f"{directory.at}/{_temporary(name, ifname)}"
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             with open(descriptor, "wb") as file:
@@ -131,9 +131,12 @@ class Scratch:
         return CniError(INTERNAL, f"cannot {verb} the scratch file {self._path}/{name}: {reason}")
 
 
-def _temporary(name: str) -> str:
-    """The name of a file that is being written: no container ID, and found again if the writer is killed."""
-    return f".{name}"
+def _temporary(name: str, ifname: str) -> str:
+    """The name of a file that is being written on behalf of one interface.
+
+    No container's ID begins with a dot; and it is found again if the writer is killed.
+    """
+    return f".{name} {ifname}"
 
 
 def _names(directory: Directory) -> list[str]:

@@ -80,6 +80,8 @@ def loads(data: bytes | str) -> object:
     text = (data.decode("utf-8", "replace") if isinstance(data, bytes) else data).lstrip(_BLANK)
     try:
         value, end = _scan(text, 0)
+        if "\\ud" in text or "\\uD" in text:
+            value = _whole(value)
     except GoJsonError:
         raise
     except RecursionError:
@@ -89,6 +91,18 @@ def loads(data: bytes | str) -> object:
         raise GoJsonError(_complaint(text)) from None
     if text[end:].strip(_BLANK):
         raise GoJsonError(f"data after the top-level value: {text[end:].strip(_BLANK)[:40]!r}")
+    return value
+
+
+def _whole(value: object) -> object:
+    """`value` with U+FFFD in the place of each half of a surrogate pair, as Go reads it."""
+    match value:
+        case str():
+            return "".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in value)
+        case list():
+            return [_whole(one) for one in value]
+        case dict():
+            return _in_order([(str(_whole(key)), _whole(one)) for key, one in value.items()])
     return value
 
 

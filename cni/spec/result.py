@@ -172,7 +172,7 @@ def parse_routes(records: list[object]) -> list[gojson.Object]:
 
 
 def parse_dns(record: gojson.Object) -> gojson.Object:
-    """The `dns` of a result or a netconf, without what is empty; raises gojson.GoJsonError."""
+    """The `dns` of a result or a netconf, without what is empty; raises GoJsonError, ResultError."""
     dns = gojson.typed(record, "dns", dict, {})
     parsed: gojson.Object = {}
     _put(

@@ -25,7 +25,7 @@ WARNINGS = ("-Wall", "-Wextra", "-Werror")
 RELEASE = (*WARNINGS, "-O2", "-static")
 
 HELLO = struct.pack("=4sHH", b"FCNI", 1, 0)
-BITS = ("own", "root", "netns", "route", "packet", "ipv4", "ipv6")
+BITS = ("own", "root", "netns", "route", "ipv4", "ipv6")
 LARGEST = 4 << 20
 _HEADER = struct.Struct("=4sIiIIIII")
 _REPLY = struct.Struct("=4sIIII")

@@ -24,7 +24,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from cni.host import Declined, NetnsInvalid, NetnsMissing
+from cni.errors import Declined
+from cni.host import NetnsInvalid, NetnsMissing
 from cni.net import netns, nlmsg, rtlink
 from cni.spec import gojson
 from cni.spec.request import Request
@@ -38,8 +39,8 @@ if TYPE_CHECKING:
 MAGIC = b"FCNI"
 HEADER = struct.Struct("=4sIiIIIII")
 REPLY = struct.Struct("=4sIIII")
-OWN, HOST_ROOT, NETNS, ROUTE, PACKET, IPV4, IPV6 = (1 << bit for bit in range(7))
-OF_CONTAINER = NETNS | ROUTE | PACKET | IPV4 | IPV6
+OWN, HOST_ROOT, NETNS, ROUTE, IPV4, IPV6 = (1 << bit for bit in range(6))
+OF_CONTAINER = NETNS | ROUTE | IPV4 | IPV6
 TIMEOUT_S = 20.0
 REQUEST_S = 2.0  # the served process waits no longer for a whole request
 
@@ -145,13 +146,6 @@ class Steps:
         self._veth("h0", request.ifname, self._host.netns(request.netns).descriptor)
         code = self._host.delete_link(self._host.route, "h0")
         return [code, self._sees(self._host.netns(request.netns).route, request.ifname)]
-
-    def do_packet(self, request: Request) -> object:
-        """Send a frame on the container's lo."""
-        with socket.socket(
-            socket.AF_PACKET, socket.SOCK_RAW, 0, os.dup(self._host.netns(request.netns).packet)
-        ) as packet:
-            return packet.sendto(bytes(60), ("lo", 0x88B5))
 
     def _veth(self, name: str, peer: str, descriptor: int) -> None:
         head = bytes(16)
@@ -326,7 +320,6 @@ class Container:
             return [
                 os.open(namespace.path, os.O_RDONLY),
                 socket.socket(socket.AF_NETLINK, kind, 0).detach(),
-                socket.socket(socket.AF_PACKET, kind, 0).detach(),
                 os.open("/proc/sys/net/ipv4", directory),
                 os.open("/proc/sys/net/ipv6", directory),
             ]
@@ -338,9 +331,6 @@ class Container:
         for descriptor in self.descriptors:
             os.close(descriptor)
         self.descriptors.clear()
-
-    def close_packet(self) -> None:
-        os.close(self.descriptors.pop(2))
 
 
 def packed(

@@ -1041,9 +1041,9 @@ def test_check_tolerates_a_link_that_tuning_changed(rig: Rig) -> None:
 def test_status(rig: Rig) -> None:
     conf = rig.conf(version="1.1.0")
     assert rig.call("STATUS", conf) is None
-    full = {**conf, "ipam": rig.ipam([[{"subnet": "10.1.17.0/30"}]])}
-    rig.add(full)
-    assert rig.refused("STATUS", full)["code"] == 50
+    no_directory = {**rig.ipam([V4]), "dataDir": f"{rig.node.root}/subnet.env"}
+    assert rig.refused("STATUS", {**conf, "ipam": no_directory})["code"] == 50
+    assert rig.refused("STATUS", {**conf, "ipam": rig.ipam([[]])})["code"] == 999
 
 
 def test_status_and_gc_need_a_version_that_has_them(rig: Rig) -> None:

@@ -325,9 +325,16 @@ def test_veth_name_collision(rig: Rig) -> None:
 def test_the_nodes_own_namespace_is_refused_before_anything_is_done(rig: Rig) -> None:
     rig.host.run("ip link add eth0 type bridge")
     before = rig.host.links()
-    for command in ("ADD", "DEL"):
-        assert rig.refused(command, rig.conf(), netns=rig.host)["code"] == 8
+    assert rig.refused("ADD", rig.conf(), netns=rig.host)["code"] == 8
     assert rig.host.links() == before and rig.node.reservations() == {}
+
+
+def test_a_pid_of_the_host_takes_over_the_number_of_a_container(rig: Rig) -> None:
+    """DEL with a path that leads to the host's own namespace now: none of its links goes, the address does."""
+    rig.add(rig.conf())
+    rig.host.run("ip link add eth0 type bridge")
+    assert rig.call("DEL", rig.conf(), netns=rig.host) is None
+    assert "eth0" in rig.host.links() and rig.node.reservations() == {}
 
 
 # --- rows of the table of field problems

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import array
-import ctypes
 import fcntl
 import json
 import os
@@ -175,8 +174,6 @@ def test_stdin_is_left_alone_where_none_is_expected(node: Node, command: str) ->
 
 def test_descriptors_belong_to_the_container(node: Node, pod: Namespace) -> None:
     pod.run("ip link add pfl-a type veth peer name pfl-b")
-    pod.run("ip link set pfl-a up")
-    pod.run("ip link set pfl-b up")
     request = node.request(CNI_NETNS=pod.path)
     try:
         given = request.descriptors
@@ -184,35 +181,14 @@ def test_descriptors_belong_to_the_container(node: Node, pod: Namespace) -> None
         assert inode(given["netns"]) == inode(pod.path)
         assert inode(given["own"]) == inode("/proc/self/ns/net") != inode(pod.path)
         assert os.path.samestat(os.fstat(given["root"]), os.stat("/"))
-        assert netns_of(given["route"]) == netns_of(given["packet"]) == inode(pod.path)
+        assert netns_of(given["route"]) == inode(pod.path)
         route = NetlinkSocket(0, os.dup(given["route"]))
         found = route.dump(18, bytes(16))
         route.close()
         names = {nlmsg.attrs(link.body, 16)[3].rstrip(b"\0").decode() for link in found}
         assert names == set(pod.links()) >= {"lo", "pfl-a", "pfl-b"}
-        check_packet_socket(pod, given["packet"])
     finally:
         request.close()
-
-
-def check_packet_socket(pod: Namespace, descriptor: int) -> None:
-    """A frame that is sent with it is counted at the other end of a veth in the container."""
-
-    def received() -> int:
-        link = json.loads(pod.run("ip -json -s link show pfl-b"))[0]
-        packets: int = link["stats64"]["rx"]["packets"]
-        return packets
-
-    index = pod.ip("link show pfl-a")[0]["ifindex"]
-    before = received()
-    with socket.socket(fileno=os.dup(descriptor)) as packet:
-        assert (packet.family, packet.type) == (socket.AF_PACKET, socket.SOCK_RAW)
-        address = struct.pack("=HHiHBB8s", socket.AF_PACKET, 0x5A08, index, 0, 0, 6, b"\xff" * 6)
-        libc = ctypes.CDLL(None, use_errno=True)
-        frame = b"\xff" * 6 + bytes(6) + b"\x08\x5a" + bytes(46)
-        for _ in range(20):  # other frames (IPv6 discovery) are few
-            assert libc.sendto(packet.fileno(), frame, len(frame), 0, address, len(address)) == len(frame)
-    assert received() - before >= 20
 
 
 def test_sysctls_are_the_containers(node: Node, pod: Namespace) -> None:
@@ -417,7 +393,7 @@ def test_without_a_daemon_the_cold_plugin_gets_everything(node: Node, pod: Names
         and named["ipv4"] == "/proc/sys/net/ipv4"
         and named["ipv6"] == "/proc/sys/net/ipv6"
     )
-    assert named["route"].startswith("socket:") and named["packet"].startswith("socket:")
+    assert named["route"].startswith("socket:")
     assert set(report["fds"]) - {"0", "1", "2"} <= set(given.values()) | {spare(report["fds"])}, (
         "one too many"
     )
@@ -428,21 +404,20 @@ def spare(fds: dict[str, str]) -> str:
     return max(fds, key=int)
 
 
-def test_the_cold_plugins_sockets_are_the_containers(node: Node, pod: Namespace, tmp_path: Path) -> None:
+def test_the_cold_plugins_socket_is_the_containers(node: Node, pod: Namespace, tmp_path: Path) -> None:
     script = tmp_path / "flannel-lib" / "flannel"
     script.parent.mkdir()
     script.write_text(
         f"#!{sys.executable} -IS\nimport fcntl, os\n"
         "given = dict(word.split('=') for word in os.environ['FLANNEL_CNI_FDS'].split())\n"
-        "for name in ('route', 'packet'):\n"
-        f"    print(os.fstat(fcntl.ioctl(int(given[name]), {SIOCGSKNS}, 0)).st_ino)\n"
+        f"print(os.fstat(fcntl.ioctl(int(given['route']), {SIOCGSKNS}, 0)).st_ino)\n"
     )
     script.chmod(0o755)
     copy = tmp_path / "flannel"
     copy.write_bytes(node.shim.read_bytes())
     copy.chmod(0o755)
     outcome = call([copy], node.environment(CNI_NETNS=pod.path))
-    assert outcome == Outcome(0, f"{inode(pod.path)}\n".encode() * 2, b"")
+    assert outcome == Outcome(0, f"{inode(pod.path)}\n".encode(), b"")
 
 
 def test_a_missing_netns_is_told_to_the_cold_plugin(node: Node, tmp_path: Path) -> None:
@@ -742,7 +717,7 @@ def test_it_hands_nothing_else_to_the_daemon(node: Node, pod: Namespace) -> None
 
     with node.serve(serve):
         assert node.call(stdin=bytes(100_010), CNI_NETNS=pod.path).code == 0
-    assert seen[0] == (1000, 7) and not any(count for _size, count in seen[1:])
+    assert seen[0] == (1000, 6) and not any(count for _size, count in seen[1:])
 
 
 # --- memory, and what nobody thought of ------------------------------------------------------------------

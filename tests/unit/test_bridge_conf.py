@@ -27,8 +27,9 @@ def refusal(**keys: object) -> tuple[int, str]:
 def test_defaults() -> None:
     found = conf()
     assert (found.bridge, found.mtu, found.vlan, found.trunk, found.mac) == ("cni0", 0, 0, (), "")
-    assert not (found.preserve_default_vlan or found.gateway or found.hairpin or found.promiscuous or found.masquerade or found.isolated)
-    assert not (found.vlan_filtering or found.interface_down or found.detect_duplicates)
+    assert not (found.gateway or found.hairpin or found.promiscuous or found.masquerade or found.isolated)
+    assert not (found.preserve_default_vlan or found.vlan_filtering)
+    assert not (found.interface_down or found.detect_duplicates)
 
 
 def test_a_default_gateway_is_a_gateway() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import cni
-from cni.errors import CniError
+from cni.errors import CniError, Declined
 from cni.handler import handle
 from cni.local import LocalHost
 from cni.plugins.flannel import Flannel
@@ -38,6 +38,7 @@ class Recorder:
 
     def __init__(self, own_netns: str = "") -> None:
         self.calls: list[str] = []
+        self.netns = ""
         self._own_netns = own_netns
 
     def owns_netns(self, path: str) -> bool:
@@ -49,6 +50,7 @@ class Recorder:
 
     def delete(self, request: Request) -> None:
         self.calls.append(f"DEL {request.container_id}")
+        self.netns = request.netns
 
     def check(self, request: Request) -> None:
         self.calls.append("CHECK")
@@ -234,15 +236,22 @@ def test_what_is_no_version_cannot_be_compared(command: str, version: str, msg: 
     assert refusal(environment(command), conf(f'"{version}"')) == (6, msg, "")
 
 
-@pytest.mark.parametrize("command", ["ADD", "DEL"])
-def test_the_plugins_own_namespace_is_refused_before_anything_happens(command: str) -> None:
+def test_the_plugins_own_namespace_is_refused_before_anything_happens() -> None:
     plugin = Recorder(own_netns="/own")
-    response = handle(Request(environment(command, CNI_NETNS="/own"), CONF.encode()), plugin)
+    response = handle(Request(environment("ADD", CNI_NETNS="/own"), CONF.encode()), plugin)
     assert json.loads(response.stdout) == {
         "code": 8,
         "msg": "plugin's netns and netns from CNI_NETNS should not be the same",
     }
     assert (response.exit_code, plugin.calls) == (1, [])
+
+
+def test_del_with_the_plugins_own_namespace_is_that_of_a_container_without_one() -> None:
+    """A process of the host has got the number of the container's: what the container held is released."""
+    plugin = Recorder(own_netns="/own")
+    response = handle(Request(environment("DEL", CNI_NETNS="/own"), CONF.encode()), plugin)
+    assert (response.exit_code, response.stdout) == (0, b"")
+    assert (plugin.calls, plugin.netns) == (["DEL c1"], "")
 
 
 @pytest.mark.parametrize(
@@ -393,3 +402,16 @@ def test_no_heavy_module_is_imported() -> None:
         timeout=30,
     )
     assert done.stdout.strip() == ""
+
+
+class Decliner(Recorder):
+    """A plugin in a daemon that cannot do what it is asked."""
+
+    def delete(self, request: Request) -> None:
+        raise Declined(f"not {request.container_id} here")
+
+
+def test_what_a_daemon_declines_is_no_failure() -> None:
+    environment = {**GOOD, "CNI_COMMAND": "DEL"}
+    with pytest.raises(Declined, match="not c1 here"):
+        handle(Request(environment, CONF.encode()), Decliner())

@@ -15,7 +15,8 @@ from flanneld.cniserver import Turns
 from flanneld.cniwire import Header, WireError
 
 LAYOUT = struct.Struct("=4sIiIIIII")
-ALL = 0b1111111
+ALL = 0b111111
+WITHOUT_IPV6 = 0b11111
 BASE = 0b11
 
 
@@ -38,7 +39,7 @@ def test_a_request_is_read() -> None:
     data = request()
     header = Header(data)
     assert (header.total_bytes, header.patience_ms, header.netns_error) == (len(data), 60000, 0)
-    assert header.descriptors == [1, 2, 4, 8, 16, 32, 64]
+    assert header.descriptors == [1, 2, 4, 8, 16, 32]
     assert header.texts(data) == ("flannel", {"CNI_COMMAND": "ADD", "CNI_NETNS": "/run/netns/a"}, b"{}")
 
 
@@ -57,7 +58,7 @@ def test_one_without_a_namespace() -> None:
 
 
 def test_a_kernel_without_ipv6() -> None:
-    assert Header(request(mask=0b111111)).descriptors == [1, 2, 4, 8, 16, 32]
+    assert Header(request(mask=WITHOUT_IPV6)).descriptors == [1, 2, 4, 8, 16]
 
 
 def test_variables_as_a_process_would_see_them() -> None:
@@ -67,7 +68,7 @@ def test_variables_as_a_process_would_see_them() -> None:
     assert stdin == b"\0\xff"
 
 
-@pytest.mark.parametrize("mask", [mask for mask in range(256) if mask not in (BASE, 0b111111, ALL)])
+@pytest.mark.parametrize("mask", [mask for mask in range(256) if mask not in (BASE, WITHOUT_IPV6, ALL)])
 def test_masks_that_make_no_sense(mask: int) -> None:
     with pytest.raises(WireError, match="mask of descriptors is"):
         Header(request(mask=mask))
@@ -122,7 +123,7 @@ def test_any_bytes_are_a_request_or_refused(tail: bytes, start: bytes) -> None:
         name, environment, stdin = header.texts(data.ljust(header.total_bytes, b"\0")[: header.total_bytes])
     except WireError:
         return
-    assert len(header.descriptors) in (2, 6, 7)
+    assert len(header.descriptors) in (2, 5, 6)
     texts = [name, *environment, *environment.values()]
     assert sum(map(len, texts)) + len(stdin) <= header.total_bytes - 32 <= cniwire.LARGEST_BYTES
 
@@ -135,25 +136,55 @@ def test_replies() -> None:
 # ---- turns
 
 
+def always() -> bool:
+    return True
+
+
 def test_turns_are_taken_and_nothing_is_kept() -> None:
     turns = Turns()
-    with turns.of("a", 1.0) as first, turns.of("b", 1.0) as other, turns.of("", 0.0), turns.of("", 0.0):
+    with (
+        turns.of("a", 1.0, always) as first,
+        turns.of("b", 1.0, always) as other,
+        turns.of("", 0.0, always),
+        turns.of("", 0.0, always),
+    ):
         assert first and other
         assert len(turns) == 2
-        with turns.of("a", 0.01) as late:
+        with turns.of("a", 0.01, always) as late:
             assert not late
-        with turns.of("a", 0.0) as later:
+        with turns.of("a", 0.0, always) as later:
             assert not later
     assert len(turns) == 0
-    with turns.of("a", 0.0) as again:
+    with turns.of("a", 0.0, always) as again:
         assert again
+
+
+def test_a_turn_that_nobody_wants_any_more_goes_to_the_next() -> None:
+    turns = Turns()
+    seen: list[bool] = []
+
+    def late() -> None:
+        with turns.of("a", 30.0, lambda: False) as ours:
+            seen.append(ours)
+
+    with turns.of("a", 1.0, lambda: False) as first:
+        assert first, "who need not wait is not asked"
+        thread = threading.Thread(target=late)
+        thread.start()
+        while len(turns._waiting) == 0 or turns._waiting["a"][1] < 2:
+            thread.join(0.001)
+    thread.join(30)
+    assert seen == [False]
+    with turns.of("a", 0.0, always) as again:
+        assert again
+    assert len(turns) == 0
 
 
 def test_an_exception_ends_a_turn() -> None:
     turns = Turns()
-    with pytest.raises(ValueError, match="x"), turns.of("a", 1.0):
+    with pytest.raises(ValueError, match="x"), turns.of("a", 1.0, always):
         raise ValueError("x")
-    with turns.of("a", 0.0) as ours:
+    with turns.of("a", 0.0, always) as ours:
         assert ours
     assert len(turns) == 0
 
@@ -165,7 +196,7 @@ def test_many_threads_take_turns() -> None:
 
     def work(key: str) -> None:
         for _ in range(300):
-            with turns.of(key, 30.0) as ours:
+            with turns.of(key, 30.0, always) as ours:
                 assert ours
                 inside[key] += 1
                 assert inside[key] == 1

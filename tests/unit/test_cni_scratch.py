@@ -160,7 +160,7 @@ def test_reservations_are_told_by_content(tmp_path: Path) -> None:
 def test_what_a_killed_writer_began_goes_with_the_attachment(tmp_path: Path) -> None:
     scratch = Scratch(HOST, str(tmp_path))
     scratch.save("c1", "eth0", b"{}")
-    for name in (".c1", ".c1@eth0"):
+    for name in (".c1 eth0", ".c1@eth0 eth0"):
         (tmp_path / name).write_bytes(b"{")
     scratch.remove("c1", "eth0")
     assert files(tmp_path) == {}

@@ -23,6 +23,10 @@ ALIVE = "/proc/self/ns/net"
 GONE = "/run/netns/cni-00000000-gone"
 
 
+def nobody(_addresses: list[str]) -> set[str]:
+    return set()
+
+
 class Machine:
     """A store with one reservation, `10.0.0.2` of container c1's eth0, and what can be asked about it."""
 
@@ -43,7 +47,9 @@ class Machine:
         data = record if isinstance(record, bytes) else json.dumps(record).encode()
         (self.results / name).write_bytes(data)
 
-    def look(self, moment: str, in_use: Callable[[str], bool] | None = None, boot: Boot = NOW) -> bool | None:
+    def look(
+        self, moment: str, in_use: Callable[[list[str]], set[str]] | None = None, boot: Boot = NOW
+    ) -> bool | None:
         place = Place({"name": "net", "ipam": {"dataDir": str(self.root / "networks")}})
         made = Reclaimer(LocalFiles(), self.notes.append, place, in_use, str(self.results), lambda: boot)
         with Store(Directory(str(self.store), str(self.store))) as store, store.held() as held:
@@ -98,9 +104,9 @@ def test_it_is_freed_only_if_nobody_can_be_using_it(
 ) -> None:
     asked = []
 
-    def in_use(address: str) -> bool:
-        asked.append(address)
-        return bool(kernel)
+    def in_use(addresses: list[str]) -> set[str]:
+        asked.extend(addresses)
+        return set(addresses) if kernel else set()
 
     record = SAVED[case]
     if record is not None:
@@ -117,42 +123,42 @@ def test_it_is_freed_only_if_nobody_can_be_using_it(
 def test_a_reservation_of_this_boot_stays(moment: str, machine: Machine) -> None:
     machine.saved({"netns": GONE})
     machine.reserve("10.0.0.2", b"c1\r\neth0", AFTER)
-    machine.look(moment, lambda _: False)
+    machine.look(moment, nobody)
     assert machine.reserved == {"10.0.0.2"}
 
 
 def test_a_boots_first_add_looks_and_the_next_does_not(machine: Machine) -> None:
-    machine.look("first ADD", lambda _: True)
+    machine.look("first ADD", set)
     assert machine.reserved == {"10.0.0.2"}
-    machine.look("first ADD", lambda _: False)
+    machine.look("first ADD", nobody)
     assert machine.reserved == {"10.0.0.2"}
-    machine.look("first ADD", lambda _: False, Boot("next-boot", NOW.began))
+    machine.look("first ADD", nobody, Boot("next-boot", NOW.began))
     assert machine.reserved == set()
     [mark] = [one for one in machine.store.parent.iterdir() if one.is_file()]
     assert (mark.name, mark.read_text()) == (".flannel-boot-net", f"next-boot {NOW.began}\n")
 
 
 def test_at_exhaustion_it_looks_each_time(machine: Machine) -> None:
-    assert machine.look("exhausted", lambda _: True) is False
-    assert machine.look("exhausted", lambda _: False) is True
-    assert machine.look("exhausted", lambda _: False) is False
+    assert machine.look("exhausted", set) is False
+    assert machine.look("exhausted", nobody) is True
+    assert machine.look("exhausted", nobody) is False
 
 
 def test_a_clock_that_was_set_since_does_not_make_this_boots_file_old(machine: Machine) -> None:
     machine.reserve("10.0.0.2", b"c1\r\neth0", AFTER)
-    machine.look("first ADD", lambda _: False)
+    machine.look("first ADD", nobody)
     later = Boot(NOW.identity, NOW.began + 10**6 * SECOND)  # the clock went forward by eleven days
-    assert machine.look("exhausted", lambda _: False, later) is False
+    assert machine.look("exhausted", nobody, later) is False
     assert machine.reserved == {"10.0.0.2"}
     machine.reserve("10.0.0.3", b"c2\r\neth0", BEFORE)
-    assert machine.look("exhausted", lambda _: False, later) is True
+    assert machine.look("exhausted", nobody, later) is True
     assert machine.reserved == {"10.0.0.2"}
 
 
 @pytest.mark.parametrize("text", ["", "x", "x y", "x 1 2", "\xff 1"])
 def test_a_broken_mark_counts_as_none(text: str, machine: Machine) -> None:
     (machine.store.parent / ".flannel-boot-net").write_text(text, encoding="latin-1")
-    machine.look("first ADD", lambda _: False)
+    machine.look("first ADD", nobody)
     assert machine.reserved == set()
 
 
@@ -161,15 +167,15 @@ def test_files_that_are_no_reservations_stay(machine: Machine) -> None:
         machine.reserve(name, b"c1\r\neth0", BEFORE)
     machine.reserve("fd00::2", b"c9", BEFORE)
     machine.reserve("10.0.0.9", b"", BEFORE)
-    machine.look("first ADD", lambda address: address == "fd00::2")
+    machine.look("first ADD", lambda addresses: {"fd00::2"} & set(addresses))
     assert machine.reserved == {"note", "last_reserved_ip.0", "fd00::2"}
     assert any("10.0.0.9" in note and "for nobody" in note for note in machine.notes)
 
 
 def test_a_mark_that_cannot_be_read_is_noted_and_the_add_goes_on(machine: Machine) -> None:
     (machine.store.parent / ".flannel-boot-net").mkdir()
-    assert not machine.look("first ADD", lambda _: False)
-    assert not machine.look("exhausted", lambda _: False)
+    assert not machine.look("first ADD", nobody)
+    assert not machine.look("exhausted", nobody)
     assert [("cannot look" in note, "flannel-boot-net" in note) for note in machine.notes] == [
         (True, True)
     ] * 2
