@@ -63,26 +63,37 @@ class LinkState:
     """A link as the kernel shows it. `peer` is the index of a veth's other end, `promiscuity` a counter."""
 
     __slots__ = (
-        *("hairpin", "ifindex", "isolated", "kind", "mac", "master", "mtu", "name"),
+        *("_info", "ifindex", "mac", "master", "mtu", "name"),
         *("oper_up", "peer", "promiscuity", "up"),
     )
 
     def __init__(self, body: bytes) -> None:
         _af, _type, self.ifindex, flags, _change = _IFINFO.unpack_from(body)
         found = attrs(body, _IFINFO.size)
-        info = attrs(found.get(_IFLA_LINKINFO, b""))
-        port = attrs(info.get(_INFO_SLAVE_DATA, b""))
+        self._info = found.get(_IFLA_LINKINFO, b"")
         self.name = found.get(_IFLA_IFNAME, b"").rstrip(b"\0").decode("utf-8", "backslashreplace")
         self.mac = mac_text(found.get(_IFLA_ADDRESS, b""))
         self.mtu = _number(found, _IFLA_MTU)
         self.up = bool(flags & _IFF_UP)
         self.oper_up = found.get(_IFLA_OPERSTATE) == bytes([_OPER_UP])
-        self.kind = info.get(_INFO_KIND, b"").rstrip(b"\0").decode("ascii", "replace")
         self.master = _number(found, _IFLA_MASTER)
         self.peer = _number(found, _IFLA_LINK)
         self.promiscuity = _number(found, _IFLA_PROMISCUITY)
-        self.hairpin = port.get(_BRPORT_HAIRPIN) == b"\1"
-        self.isolated = port.get(_BRPORT_ISOLATED) == b"\1"
+
+    @property
+    def kind(self) -> str:
+        return attrs(self._info).get(_INFO_KIND, b"").rstrip(b"\0").decode("ascii", "replace")
+
+    @property
+    def hairpin(self) -> bool:
+        return self._port_flag(_BRPORT_HAIRPIN)
+
+    @property
+    def isolated(self) -> bool:
+        return self._port_flag(_BRPORT_ISOLATED)
+
+    def _port_flag(self, kind: int) -> bool:
+        return attrs(attrs(self._info).get(_INFO_SLAVE_DATA, b"")).get(kind) == b"\1"
 
 
 def _number(found: dict[int, bytes], kind: int) -> int:

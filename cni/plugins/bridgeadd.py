@@ -16,7 +16,7 @@ from cni.errors import INTERNAL, INVALID_CONFIG, CniError, KernelError
 from cni.net import rtlink
 from cni.net.rtlink import IFA_F_DADFAILED, IFA_F_TENTATIVE, AddressState
 from cni.plugins.bridgegate import Gateway, gateway_of
-from cni.plugins.bridgeport import await_port, ensure_bridge, pin_mac, plug
+from cni.plugins.bridgeport import await_port, ensure_bridge, plug
 from cni.plugins.ipam import Ipam
 from cni.plugins.links import carry_out, ensure, expect, find, objects, ports, random_mac, try_write
 from cni.spec.address import Cidr, parse_cidr, parse_ip
@@ -65,7 +65,7 @@ class Attachment:
         mac = conf.mac or random_mac()
         port = plug(self._host, conf, bridge, netns, self._request.ifname, mac)
         self._veth = self._users.own_port = port.name
-        pin_mac(self._host, bridge)
+        self._users.link = bridge
         interfaces: list[gojson.Object] = [
             {"name": bridge.name, "mac": bridge.mac},
             {"name": port.name, "mac": port.mac},
@@ -240,22 +240,26 @@ class Attachment:
         MAC, even the one that it has; but not all that it says when the link comes up passes the bridge.
         """
         netns.route.request(*rtlink.set_link(port.peer, mac=mac))
-        self._host.route.transact(
-            [rtlink.put_neighbour(bridge.ifindex, cidr, mac) for cidr in self._addresses]
-        )
+        known = [cidr for cidr in self._addresses if (cidr.family, cidr.value) in self._users.known]
+        self._host.route.transact([rtlink.put_neighbour(bridge.ifindex, cidr, mac) for cidr in known])
 
 
 class Users:
-    """Who is there to have an address: the pods at a bridge. `own_port` is that of the pod to come."""
+    """Who is there to have an address: the pods at a bridge.
 
-    __slots__ = ("_bridge", "_deadline", "_host", "_link", "own_port")
+    `own_port` is that of the pod to come, `link` the bridge. `known` are those of the addresses asked for,
+    as (family, value), of which the host knows something.
+    """
+
+    __slots__ = ("_bridge", "_deadline", "_host", "known", "link", "own_port")
 
     def __init__(self, host: Host, bridge: str) -> None:
         self._host = host
         self._bridge = bridge
-        self._link: LinkState | None = None
         self._deadline = 0.0
         self.own_port = ""
+        self.link: LinkState | None = None
+        self.known: set[tuple[int, int]] = set()
 
     def have(self, addresses: list[str]) -> set[str]:
         """Those that one of them has; all of them when that cannot be told."""
@@ -270,16 +274,17 @@ class Users:
 
         A look at what the host knows costs next to nothing; nobody is asked unless there is reason to.
         """
-        if self._link is None:
-            self._link = find(self._host.route, self._bridge)
-        if self._link is None:
+        if self.link is None:
             return False
-        known = self._host.route.request(*rtlink.get_neighbour(self._link.ifindex, Cidr(*parse_ip(text), 0)))
+        address = parse_ip(text)
+        known = self._host.route.request(*rtlink.get_neighbour(self.link.ifindex, Cidr(*address, 0)))
+        if known.messages:
+            self.known.add(address)
         if not any(rtlink.is_reached(message.body) for message in known.messages):
             return False
         now = time.monotonic()
         self._deadline = self._deadline or now + _PROBES_S
-        return now < self._deadline and bool(self._answering(self._link, [text]))
+        return now < self._deadline and bool(self._answering(self.link, [text]))
 
     def _answering(self, bridge: LinkState, addresses: list[str]) -> set[str] | None:
         from cni.net.probe import answering

@@ -23,6 +23,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cni.host import Host, Netns
     from cni.net.nlmsg import Request as Message
+    from cni.net.nlsocket import Answer
     from cni.plugins.bridgeconf import BridgeConf
 
 _NAME_TRIES = 10
@@ -41,10 +42,10 @@ def ensure_bridge(host: Host, conf: BridgeConf) -> LinkState:
         if answer.errno not in (0, EEXIST):  # another pod's ADD makes it at this moment
             raise CniError(INTERNAL, f'{failed}: could not add "{conf.bridge}": {answer.reason}')
         bridge = must_find(host.route, conf.bridge, f'{failed}: could not lookup "{conf.bridge}"')
+        # Routes of this link are ours to give.
+        try_write(host.sysctl(f"ipv6/conf/{conf.bridge}/accept_ra"), "0")
     if bridge.kind != "bridge":
         raise CniError(INTERNAL, f'{failed}: "{conf.bridge}" already exists but is not a bridge')
-    # Routes of this link are ours to give.
-    try_write(host.sysctl(f"ipv6/conf/{conf.bridge}/accept_ra"), "0")
     mac = random_mac() if bridge.mac == _NO_MAC else ""
     if mac or conf.promiscuous or not bridge.up:
         bridge.mac = mac or bridge.mac
@@ -77,12 +78,13 @@ def _make_pair(
         ]
         if conf.hairpin or conf.isolated:
             steps.append(rtlink.set_port(name, conf.hairpin, conf.isolated))
-        made, *rest = host.route.transact(steps)
+        made, *rest, after = host.route.transact([*steps, rtlink.get_link(ifindex=bridge.ifindex)])
         if made.errno == 0:
             refused = next((answer for answer in rest if answer.errno), None)
             if refused is not None:
                 host.delete_link(host.route, name)
                 raise CniError(INTERNAL, f"failed to setup hairpin mode for {name}: {refused.reason}")
+            _pin_mac(host, bridge, after)
             return name, LinkState(made.messages[0].body) if made.messages else None
         if made.errno != EEXIST:
             raise CniError(INTERNAL, f"failed to make veth pair: {made.reason}")
@@ -90,6 +92,16 @@ def _make_pair(
             text = f'container veth name ("{ifname}") peer provided ("{name}") already exists'
             raise CniError(INTERNAL, text)
     raise CniError(INTERNAL, f"failed to make veth pair: no free name in {_NAME_TRIES} tries")
+
+
+def _pin_mac(host: Host, bridge: LinkState, after: Answer) -> None:
+    """Give the bridge back the MAC that it had before the port came: it is one that nobody had given it.
+
+    Pods that know the gateway by it would have to learn another with each port that comes or goes.
+    """
+    if any(LinkState(message.body).mac != bridge.mac for message in after.messages):
+        pinned = host.route.request(*rtlink.set_link(bridge.ifindex, mac=bridge.mac))
+        expect(pinned, "could not set bridge's mac")
 
 
 def _tag(host: Host, conf: BridgeConf, port: LinkState, trunk: tuple[int, ...]) -> None:
@@ -133,18 +145,6 @@ def ensure_vlan_link(host: Host, conf: BridgeConf, bridge: LinkState) -> LinkSta
     found = must_find(host.route, name, failed)
     expect(host.route.request(*rtlink.set_link(found.ifindex, up=True)), f'failed to up "{name}"')
     return found
-
-
-def pin_mac(host: Host, bridge: LinkState) -> None:
-    """Give the bridge back the MAC that it had before the port came: it is one that nobody had given it.
-
-    Pods that know the gateway by it would have to learn another with each port that comes or goes.
-    """
-    now = must_find(host.route, bridge.name, f'could not lookup "{bridge.name}"')
-    if now.mac != bridge.mac:
-        expect(
-            host.route.request(*rtlink.set_link(bridge.ifindex, mac=bridge.mac)), "could not set bridge's mac"
-        )
 
 
 def await_port(host: Host, port: LinkState) -> None:

@@ -50,13 +50,28 @@ def _constant(word: str) -> object:
     raise GoJsonError(f"{word} is not JSON")
 
 
+class Record(dict[str, object]):
+    """An object as it was read. It knows its members by their folded names as long as nobody changes it."""
+
+    __slots__ = ("folded",)
+    folded: Object | None
+
+    def __setitem__(self, name: str, value: object) -> None:
+        self.folded = None
+        super().__setitem__(name, value)
+
+
 def _in_order(pairs: list[tuple[str, object]]) -> Object:
     """A dict whose order is that of each key's last appearance, so that "last one wins" can be told."""
-    result: Object = {}
-    for key, value in pairs:
-        result.pop(key, None)
-        result[key] = value
-    return result
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        found = {}
+        for key, value in pairs:
+            found.pop(key, None)
+            found[key] = value
+    record = Record(found)
+    record.folded = {_fold(key): value for key, value in found.items() if value is not None}
+    return record
 
 
 class _Rules:
@@ -148,6 +163,8 @@ def kind(value: object) -> str:
 
 def member(record: Object, name: str) -> object:
     """The value of a record's member: any case, the last one that is not null, else None."""
+    if isinstance(record, Record) and record.folded is not None:
+        return record.folded.get(_fold(name))
     found: object = None
     length = len(name)
     for key, value in record.items():
