@@ -22,6 +22,7 @@ from flanneld.flags import Options
 from flanneld.health import HealthServer, Readiness
 from flanneld.locks import lock_devices, lock_subnet_file
 from flanneld.log import logger
+from flanneld.precedence import Precedence
 from flanneld.snapshot import NodeState
 
 # A start that follows another so soon has to wait, each time longer.
@@ -54,13 +55,14 @@ def serve_once(
     stop: Event,
     readiness: Readiness,
     before: NodeState | None,
+    precedence: Precedence,
 ) -> tuple[Outcome, NodeState]:
     """One daemon from start to end, and what it knew then; raises NetworkError when it cannot start.
 
     `before` is what the one before it knew, None for the first of this process.
     """
     with ExitStack() as held:
-        kernel = held.enter_context(closing(NetlinkKernel()))
+        kernel = held.enter_context(closing(NetlinkKernel(precedence.give_way)))
 
         def origin(interface: str) -> str:
             return startup.origin(options, kernel, interface)
@@ -94,12 +96,13 @@ def serve(
     known: NodeState | None = None
     pause_s = 0.0
     # Before the store answers: subnet.env, which the plugins work from, may be there from an earlier start.
-    cni_server, sweeper = serve_cni(options), sweep_cni(options)
+    precedence = Precedence()
+    cni_server, sweeper = serve_cni(options, precedence), sweep_cni(options)
     try:
         while True:
             began, stop = time.monotonic(), termination.fresh()
             try:
-                outcome, known = serve_once(options, environ, stop, readiness, known)
+                outcome, known = serve_once(options, environ, stop, readiness, known, precedence)
                 if outcome is not Outcome.START_OVER or termination.asked:
                     logger.info("Exiting cleanly...")
                     return max(0, outcome.value)
@@ -121,7 +124,7 @@ def serve(
         os.close(lock)
 
 
-def serve_cni(options: Options) -> CniServer | None:
+def serve_cni(options: Options, precedence: Precedence) -> CniServer | None:
     """The server of CNI calls, None if it is switched off or its socket cannot be made.
 
     That is no reason to end: the plugin then does the work itself.
@@ -129,7 +132,7 @@ def serve_cni(options: Options) -> CniServer | None:
     if not options.cni_socket:
         return None
     try:
-        return CniServer(options.cni_socket)
+        return CniServer(options.cni_socket, precedence=precedence)
     except ConfigError as exc:
         logger.error("CNI calls are left to the plugin, where each takes longer: %s", exc)
         return None

@@ -33,6 +33,7 @@ from flanneld.cnihost import Passed, Shared, Sockets, WarmHost, identity
 from flanneld.cnisocket import Place, Reading, receive_head, receive_rest, send
 from flanneld.cniwire import Header, WireError
 from flanneld.log import V2, logger
+from flanneld.precedence import Precedence
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -78,13 +79,14 @@ class Call:
 class CniServer:
     """Serves from construction to `close`; raises ConfigError when the socket cannot be made.
 
-    `find` gives the plugin for a name.
+    `find` gives the plugin for a name. `precedence` hears of each call.
     """
 
-    def __init__(self, path: str, find: Find = registry.find) -> None:
+    def __init__(self, path: str, find: Find = registry.find, precedence: Precedence | None = None) -> None:
         if not rootfiles.supported():
             raise ConfigError("the kernel has no openat2 (Linux 5.6), or a filter of system calls forbids it")
         self._find = find
+        self._precedence = precedence or Precedence()
         self._own_netns = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         self._own_identity = identity(self._own_netns)
         try:
@@ -129,7 +131,7 @@ class CniServer:
     def _work(self) -> None:
         with Sockets() as sockets:
             while (connection := self._accept()) is not None:
-                with connection:
+                with connection, self._precedence.call():
                     try:
                         self._serve(connection, sockets)
                     except Exception:  # noqa: BLE001 - our bug must cost one call, not the thread

@@ -28,7 +28,7 @@ _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 _RECEIVE_BYTES = 4 << 20
 # Messages sent in one system call. Only the last asks for an acknowledgement, refusals always
 # answer: so an answer to each message of a batch fits the receive buffer many times over.
-_BATCH = 256
+_BATCH = 64
 _MAX_INTERRUPTED_DUMPS = 20
 # What deleting something absent is answered with, by kind of object.
 _ABSENT = frozenset({errno.ENOENT, errno.ESRCH, errno.EADDRNOTAVAIL, errno.ENODEV})
@@ -63,10 +63,12 @@ def _drain(sock: socket.socket) -> None:
 class NetlinkKernel:
     """`cni.net.plan.Kernel` on the thread's network namespace at the time of construction.
 
-    Not to be shared between threads. Raises KernelError when the socket itself fails.
+    Not to be shared between threads. Raises KernelError when the socket itself fails. `give_way` is called
+    before each batch that is written: who has more urgent business with the kernel goes first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, give_way: Callable[[], None] | None = None) -> None:
+        self._give_way = give_way
         try:
             self._socket = _open()
             # For ioctls; a netlink socket takes none before Linux 4.7.
@@ -307,6 +309,8 @@ class NetlinkKernel:
     def _send_batches(self, operations: Sequence[Operation], links: Mapping[str, LinkInfo]) -> list[Refused]:
         refused: list[Refused] = []
         for start in range(0, len(operations), _BATCH):
+            if self._give_way is not None:
+                self._give_way()
             refused += self._send_batch(operations[start : start + _BATCH], links)
         return refused
 
