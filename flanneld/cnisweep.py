@@ -19,7 +19,7 @@ from threading import Event, Thread
 from cni.errors import KernelError, NetworkError
 from cni.local import LocalHost
 from cni.net import rtlink
-from cni.plugins import masq, portmap
+from cni.plugins import macspoof, masq, portmap
 from cni.plugins.links import find
 from flanneld.log import OncePerChange, logger
 
@@ -97,7 +97,7 @@ class Sweeper:
 
     def _sweep(self) -> None:
         try:
-            dropped = masq.sweep(self._host, self._is_there) + portmap.sweep(self._host, self._is_there)
+            dropped = sum(plugin.sweep(self._host, self._is_there) for plugin in (masq, macspoof, portmap))
         except NetworkError as exc:
             self._failures.trouble(f"Firewall entries of pods that are gone may stay: {exc}")
             return

@@ -17,7 +17,7 @@ A refused transaction takes 16 ms, as the kernel waits for all processors, and t
 first, and leave refusals to what another process causes. Only that of a generation costs nothing.
 
 `present` tells which of many things exist, in one system call; `chain_names`, `rules`, `set_names`,
-`elements`, `any_element_with` and `find_elements` list. What does not exist lists as nothing. Raises KernelError. `retry` is for
+`elements` and `find_elements` list. What does not exist lists as nothing. Raises KernelError. `retry` is for
 changes that rest on such a list. `present` and `generation` raise NftMissing, a KernelError, where the kernel
 has no nf_tables.
 
@@ -373,7 +373,9 @@ def any_element_with(
     Nothing is decoded: quick where the answer is no, which is certain then; a yes may be a coincidence.
     """
     there = present(socket, [set_query(*one) for one in sets])
-    bodies = (body for one, exists in zip(sets, there, strict=True) if exists for body in _dumped(socket, *one))
+    bodies = (
+        body for one, exists in zip(sets, there, strict=True) if exists for body in _dumped(socket, *one)
+    )
     return any(part in body for body in bodies for part in parts)
 
 

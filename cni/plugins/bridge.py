@@ -120,9 +120,10 @@ class Bridge:
         conf = BridgeConf(request)
         if conf.ipam_type:
             Ipam(self._host, conf.ipam_type, request).gc()
-        from cni.plugins import masq
+        from cni.plugins import macspoof, masq
 
         masq.sweep(self._host, self._is_there)
+        macspoof.sweep(self._host, self._is_there)
 
     def _is_there(self, link: str) -> bool:
         return find(self._host.route, link) is not None

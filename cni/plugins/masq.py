@@ -75,7 +75,8 @@ def remove(
     """Remove what `add`, or upstream, set up for one attachment; nothing there is no error.
 
     Without `addresses`, or if one of them is not (or no longer) this attachment's, they are found by their
-    comments, which takes longer on a node of many pods. Raises KernelError (NftRefused) and CniError as `add`.
+    comments, which takes longer on a node of many pods. Raises KernelError (NftRefused) and CniError as
+    `add`.
     """
     _remove_from_tables(host, _identity(network, container_id, ifname), addresses)
     xtables.remove_chains(host, "nat", [iptables_chain(network, container_id)], ["POSTROUTING"])
@@ -205,7 +206,7 @@ def _remove_from_tables(host: Host, identity: str, addresses: Sequence[Cidr] | N
 def _remove(socket: NetlinkSocket, identity: str, addresses: Sequence[Cidr] | None) -> None:
     change = nft.Transaction(nft.generation(socket))
     found = _at(socket, identity, addresses or ())
-    if addresses is None or len(found) < len(addresses):
+    if not addresses or len(found) < len(addresses):
         found = [(name, one) for name in _sets(socket) for one in nft.elements(socket, TABLE, name, identity)]
     for name, one in found:
         change.delete_elements(TABLE, name, [one])

@@ -7,8 +7,9 @@ process is started.
 Decision: the newest of several containers with one port has it, as upstream documents. Once that one is
 gone, the one before it has the port again.
 
-Decision: every call drops the ports of containers whose link is gone, and ADD those that lead to addresses
-of its own container: whatever the runtime forgot to detach, no port leads to a container that did not ask.
+Decision: ADD drops the ports that lead to addresses of its own container, and every call that changes ports
+drops those of containers whose link is gone: whatever the runtime forgot to detach, no port leads to a
+container that did not ask. A call for a container without ports reads none but its own.
 
 Decision: `backend` and `externalSetMarkChain` are accepted and change nothing, as what they choose between
 has the same effect. `conditionsV4` and `conditionsV6` are matches in the words of iptables or nft, which
@@ -26,12 +27,11 @@ import struct
 from cni.errors import INTERNAL, INVALID_CONFIG, NOT_AVAILABLE, CniError, KernelError
 from cni.net import conntrack, nft, rtlink
 from cni.net.nlmsg import attr
-from cni.net.nlsocket import NetlinkSocket
+from cni.net.nlsocket import NetlinkSocket, ProtocolMissing
 from cni.plugins import xtables
 from cni.plugins.about import about
 from cni.plugins.portmapconf import (
     NO_LINK,
-    PROTOCOLS,
     Claim,
     Owner,
     PortMapConf,
@@ -40,7 +40,7 @@ from cni.plugins.portmapconf import (
     newer_than,
     winners,
 )
-from cni.plugins.portmaptable import PortTable, port_table
+from cni.plugins.portmaptable import PortTable, mentions, port_table
 from cni.spec import gojson, result
 from cni.spec.digest import digits
 from cni.spec.netconf import NetConf
@@ -89,6 +89,9 @@ class Portmap:
             _refuse_conditions(conf)
         try:
             self._forward(request, conf, conf.prev_result)
+        except ProtocolMissing as exc:
+            if conf.mappings:
+                raise CniError(INTERNAL, f"port mappings need nf_tables in the kernel: {exc}") from None
         except KernelError as exc:
             raise CniError(INTERNAL, f"unable to set up port mappings: {exc}") from None
         return result.convert(conf.prev_result, request.version)
@@ -101,7 +104,7 @@ class Portmap:
         name = gojson.typed(request.config, "name", str, "")
         attachment = Owner(name, request.container_id, request.ifname)
         try:
-            self._update(lambda claim: not claim.owner.same_attachment(attachment))
+            self._release(attachment)
             _remove_upstream(self._host, name, request.container_id)
         except KernelError as exc:
             raise CniError(INTERNAL, f"unable to remove port mappings: {exc}") from None
@@ -142,12 +145,16 @@ class Portmap:
         network = Owner(conf.name, "", "").network
         try:
             self._update(lambda claim: claim.owner.network != network or claim.owner.key in valid)
+        except ProtocolMissing:
+            return
         except KernelError as exc:
             raise CniError(INTERNAL, f"unable to remove port mappings: {exc}") from None
 
     def _forward(self, request: Request, conf: PortMapConf, prev_result: gojson.Object) -> None:
         veth = _host_veth(self._host.route, prev_result) if conf.mappings else NO_LINK
         owner = Owner(conf.name, request.container_id, request.ifname, veth)
+        if not conf.mappings and not mentions(self._host.netfilter, owner, conf.addresses):
+            return
         new = {family: claims_of(conf, owner, family) for family in _FAMILIES}
         if conf.snat and new[4]:
             self._let_localhost_out(conf.addresses[0])
@@ -157,6 +164,13 @@ class Portmap:
             return not claim.owner.same_attachment(owner) and (claim.family, claim.address) not in own
 
         self._update(keep, new)
+
+    def _release(self, attachment: Owner) -> None:
+        try:
+            if mentions(self._host.netfilter, attachment):
+                self._update(lambda claim: not claim.owner.same_attachment(attachment))
+        except ProtocolMissing:
+            return  # a DEL has to succeed there as well
 
     def _update(self, keep: Keep, new: dict[int, list[Claim]] | None = None) -> None:
         """`update`, and drop what belongs to links that are gone."""
@@ -196,7 +210,10 @@ def sweep(host: Host, live: Callable[[str], bool]) -> int:
 
     Claims made without knowing the link stay.
     """
-    return update(host, lambda claim: _lives(claim, live))
+    try:
+        return update(host, lambda claim: _lives(claim, live))
+    except ProtocolMissing:
+        return 0
 
 
 def update(host: Host, keep: Keep, new: dict[int, list[Claim]] | None = None) -> int:
@@ -223,6 +240,9 @@ def update(host: Host, keep: Keep, new: dict[int, list[Claim]] | None = None) ->
             claims = newer_than(kept, new.get(family, []))
             table.change(change, claims)
             changed += _moved(table.claims, claims)
+        if dropped:
+            # Of a call that is killed from here on nobody would know the flows to a container that is gone.
+            _forget_connections(host, changed)
         change.commit(socket)
     finally:
         os.close(lock)
@@ -256,14 +276,13 @@ def _moved(before: list[Claim], after: list[Claim]) -> list[Claim]:
 
 def _forget_connections(host: Host, changed: list[Claim]) -> None:
     """Packets of a UDP flow that the kernel knows would go on to where they went before."""
-    for claim in changed:
-        if claim.protocol == PROTOCOLS["udp"]:
-            try:
-                conntrack.delete_flows(
-                    host.netfilter, claim.family, claim.protocol, claim.host_port, claim.host
-                )
-            except KernelError as exc:
-                host.note(f"portmap: cannot forget connections of {claim}: {exc}")
+    udp = [claim for claim in changed if claim.protocol == conntrack.UDP]
+    for family in _FAMILIES:
+        destinations = {(claim.host_port, claim.host) for claim in udp if claim.family == family}
+        try:
+            conntrack.delete_flows(host.netfilter, family, conntrack.UDP, destinations)
+        except KernelError as exc:
+            host.note(f"portmap: cannot forget connections of {len(destinations)} ports: {exc}")
 
 
 def _lives(claim: Claim, live: Callable[[str], bool]) -> bool:
@@ -338,4 +357,7 @@ def _remove_upstream(host: Host, network: str, container_id: str) -> None:
                 change.delete_rule(table, rule)
         change.commit(host.netfilter)
 
-    nft.retry(remove_rules)
+    try:
+        nft.retry(remove_rules)
+    except ProtocolMissing:
+        return

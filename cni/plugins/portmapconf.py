@@ -262,13 +262,13 @@ class Claim:
 def read_claim(port: tuple[int | None, int, int], target: tuple[int, int, int], comment: str) -> Claim | None:
     """The claim behind an element of the packet filter; None if somebody else made it."""
     words = comment.split(" ")
-    if len(words) != 6 or not words[4].isdigit():
+    if len(words) != 6 or not words[4].isdecimal():
         return None
     network, container_id, ifname, veth, order, masquerade = words
     if not 0 < len(veth) <= _LONGEST_IFNAME:
         return None
     prefix, slash, bit = masquerade.partition("/")
-    if slash and not (prefix.isdigit() and bit.isdigit()):
+    if slash and not (prefix.isdecimal() and bit.isdecimal()):
         return None
     owner = Owner(network, container_id, ifname, veth)
     if slash:

@@ -10,8 +10,9 @@
     postrouting          the mark: masquerade
 
 Elements of the first three carry a comment that says whose they are (`portmapconf.read_claim`): the table is
-all the memory there is. The masquerade is upstream's for iptables: that of the container's subnet, not of its
-address alone, and only of what was sent to a forwarded port.
+all the memory there is. An element without such a comment, or of hairpin_* with one, is somebody else's, and
+is left alone unless its port is asked for. The masquerade is upstream's for iptables: that of the container's
+subnet, not of its address alone, and only of what was sent to a forwarded port.
 """
 
 from __future__ import annotations
@@ -28,15 +29,19 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from cni.net.nlsocket import NetlinkSocket
+    from cni.plugins.portmapconf import Owner
+    from cni.spec.address import Cidr
 
 TABLE_NAME = "flannel_hostport"
 _PORTS, _HOST_PORTS, _WAITING, _HAIRPIN = "ports", "host_ports", "waiting", "hairpin"
+_CLAIMED = (_PORTS, _HOST_PORTS, _WAITING)
 _MAPPED = "mapped"
 _HOOKS = {
     "prerouting": Hook("nat", nft.PREROUTING, nft.DSTNAT),
     "output": Hook("nat", nft.OUTPUT, nft.DSTNAT),
     "postrouting": Hook("nat", nft.POSTROUTING, nft.SRCNAT),
 }
+_CHAINS = (_MAPPED, *_HOOKS)
 
 
 class PortTable:
@@ -52,8 +57,10 @@ class PortTable:
         self._sets = {
             name: {one.key: one for one in nft.elements(socket, self.table, name)}
             for name in nft.set_names(socket, self.table)
+            if name in _CLAIMED or _hairpin(name)
         }
         rules = nft.rules(socket, self.table) if self._sets else []
+        rules = [rule for rule in rules if rule.chain in _CHAINS]
         self._rules = sorted(((rule.chain, rule.comment) for rule in rules), key=_chain)
         self.claims: list[Claim] = list(self._read_claims())
 
@@ -66,7 +73,11 @@ class PortTable:
             self._build(transaction, wanted)
         for name in {**self._sets, **wanted}:
             have, want = self._sets.get(name, {}), wanted.get(name, {})
-            gone = [one for key, one in have.items() if not _same(want.get(key), one)]
+            gone = [
+                one
+                for key, one in have.items()
+                if not _same(want.get(key), one) and (key in want or self._is_ours(name, one))
+            ]
             new = [one for key, one in want.items() if not _same(have.get(key), one)]
             transaction.delete_elements(self.table, name, gone)
             transaction.add_elements(self.table, name, new)
@@ -84,13 +95,18 @@ class PortTable:
     # ---- elements
 
     def _read_claims(self) -> Iterable[Claim]:
-        for name in (_PORTS, _HOST_PORTS, _WAITING):
+        for name in _CLAIMED:
             for element in self._sets.get(name, {}).values():
                 claim = self._claim(name, element)
                 if claim is not None:
                     yield claim
 
+    def _is_ours(self, name: str, element: Element) -> bool:
+        return self._claim(name, element) is not None if name in _CLAIMED else not element.comment
+
     def _claim(self, name: str, element: Element) -> Claim | None:
+        if not element.comment:
+            return None
         size, raw = self._address_bytes, element.key + element.data
         host = 0
         if name != _PORTS:
@@ -180,9 +196,8 @@ class PortTable:
 
     def _hairpins(self, wanted: dict[str, dict[bytes, Element]]) -> list[tuple[int, int]]:
         """Prefix length and bit of each set of sources that there is or has to be, longest prefix first."""
-        names = {name for name in (*self._sets, *wanted) if name.startswith(_HAIRPIN)}
-        found = [tuple(map(int, name.split("_")[1:])) for name in names]
-        return sorted(((prefix, bit) for prefix, bit in found), reverse=True)
+        found = {_hairpin(name) for name in (*self._sets, *wanted)}
+        return sorted((one for one in found if one), reverse=True)
 
     def _mark(self, prefix: int, bit: int) -> list[bytes]:
         bits = 8 * self._address_bytes
@@ -203,6 +218,25 @@ class PortTable:
 
 def port_table(family: int) -> Table:
     return Table(nft.IP if family == 4 else nft.IP6, TABLE_NAME)
+
+
+def mentions(socket: NetlinkSocket, owner: Owner, addresses: Iterable[Cidr] = ()) -> bool:
+    """Whether there may be claims of an attachment, or such as lead to one of some addresses.
+
+    Quick, however many claims of others there are, if there are none. Raises KernelError.
+    """
+    sets = [(port_table(family), name) for family in (4, 6) for name in _CLAIMED]
+    parts = [nftexpr.address(one.family, one.value) for one in addresses]
+    return nft.any_element_with(socket, sets, [owner.comment_start.encode(), *parts])
+
+
+def _hairpin(name: str) -> tuple[int, int] | None:
+    """Prefix length and bit of a set of masqueraded sources; None for what is none of ours."""
+    kind, _, numbers = name.partition("_")
+    prefix, _, bit = numbers.partition("_")
+    if kind != _HAIRPIN or not (prefix.isdecimal() and bit.isdecimal()):
+        return None
+    return int(prefix), int(bit)
 
 
 def _chain(rule: tuple[str, str]) -> str:

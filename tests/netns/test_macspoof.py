@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from cni.errors import CniError
+from cni.local import LocalHost
+from cni.net import nlsocket
+from cni.net.nlsocket import ProtocolMissing
 from cni.plugins import macspoof
 from tests.netns.cni_fixtures import Namespace
 from tests.netns.firewall_fixtures import Namespace as Inside
@@ -162,3 +165,58 @@ def test_an_id_of_64_digits(lab: Wired) -> None:
     assert container[:100] in lab.ruleset()
     remove(lab, container, "eth0")
     assert container[:100] not in lab.ruleset()
+
+
+def sweep(lab: Wired, *live: str) -> int:
+    return lab.on(lambda host: macspoof.sweep(host, live.__contains__))
+
+
+def test_sweep_removes_the_rules_of_ports_that_are_gone(lab: Wired) -> None:
+    live, ours = Pod(lab, "c1"), Pod(lab, "c2")
+    add(lab, live)
+    wanted = lab.ruleset()
+    gos = Pod(lab, "c3", macspoofchk=True)
+    add(lab, ours, "c2")
+    foreign = f"add rule bridge nat PREROUTING iifname {ours.veth} ether type arp accept"
+    lab.netns.run(f"nft {foreign}")
+    assert sweep(lab, live.veth, ours.veth, gos.veth) == 0
+    assert sweep(lab, live.veth) == 2
+    assert sweep(lab, live.veth) == 0
+    left = lab.ruleset()
+    assert left.count("ether type arp accept") == 1 and "c2" not in left and "c3" not in left
+    assert [one for one in left.splitlines() if "ether type arp" not in one] == wanted.splitlines()
+    assert not received(live, gos, FORGED)
+
+
+def test_sweep_of_nothing(lab: Wired) -> None:
+    assert sweep(lab) == 0
+    assert lab.ruleset() == ""
+
+
+def test_rules_that_are_made_during_a_sweep_stay(lab: Wired) -> None:
+    """The container is attached again, by another port, between the look and the change."""
+    first, second = Pod(lab, "c1"), Pod(lab, "c2")
+    add(lab, first)
+
+    def live(veth: str) -> bool:
+        if veth == first.veth:
+            add(lab, second)
+        return veth == second.veth
+
+    assert lab.on(lambda host: macspoof.sweep(host, live)) == 0
+    assert not received(second, first, FORGED)
+
+
+@pytest.mark.parametrize("protocol", [nlsocket.ROUTE, 31])
+def test_a_kernel_without_nf_tables(protocol: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Route netlink knows nothing of it, and there is no protocol 31."""
+    monkeypatch.setattr("cni.local.NETFILTER", protocol)
+    host = LocalHost(lambda _: None, {})
+    try:
+        macspoof.remove(host, "c1", "eth0")
+        assert macspoof.sweep(host, lambda _: False) == 0
+        with pytest.raises(ProtocolMissing):
+            macspoof.add(host, "c1", "eth0", "veth1", FORGED)
+    finally:
+        if host._netfilter is not None:
+            host._netfilter.close()

@@ -361,6 +361,37 @@ def test_sweep(lab: Wired) -> None:
     assert lab.on(lambda host: masq.sweep(host, exists.__contains__)) == 0
 
 
+def test_what_somebody_else_put_into_a_set_is_left_alone(lab: Wired) -> None:
+    add(lab, BOTH, "dead", veth="vethdead")
+    lab.netns.run("nft add element inet flannel_cni ip-10.1.17.0-24 {10.1.17.50}")
+    foreign = ["something", "a, host: , b", f"a, host: {16 * 'v'}, b"]
+    for number, comment in enumerate(foreign, 51):
+        element = f'{{ 10.1.17.{number} comment "{comment}" }}'
+        command = ["nft", "add", "element", "inet", "flannel_cni", "ip-10.1.17.0-24", element]
+        lab.node.output(command, {}, "")
+
+    def live(veth: str) -> bool:
+        assert veth == "vethdead", "the kernel would refuse another as no name"
+        return False
+
+    assert lab.on(lambda host: masq.sweep(host, live)) == 2
+    listed = lab.ruleset()
+    assert "dead" not in listed and all(f"10.1.17.{number}" in listed for number in range(50, 54))
+    assert "ip saddr @ip-10.1.17.0-24" in listed and "fd00" not in listed
+
+
+def test_addresses_that_changed_are_removed_as_well(lab: Wired) -> None:
+    """The link has an address that was never masqueraded, and not the one that was."""
+    add(lab, BOTH)
+    add(lab, [parse_cidr("10.1.17.9/24")], "c2")
+    remove(lab, [POD[6], parse_cidr("10.1.17.77/24")])
+    assert owners(lab) == {"10.1.17.9": "c2"}
+    remove(lab, [parse_cidr("10.1.17.9/24")])
+    assert owners(lab) == {"10.1.17.9": "c2"}, "is another container's"
+    remove(lab, [], "c2")
+    assert owners(lab) == {}
+
+
 def test_a_pod_that_is_added_during_a_sweep_stays(lab: Wired) -> None:
     add(lab, [POD[4]], "dead", veth="vethdead")
     other = parse_cidr("10.1.17.9/24")

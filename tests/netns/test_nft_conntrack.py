@@ -46,11 +46,17 @@ def flows(ns: Namespace) -> list[tuple[str, str]]:
 
 
 def delete(ns: Namespace, family: int, port: int, to: str = "", protocol: int = conntrack.UDP) -> int:
+    return delete_all(ns, family, [(port, to)], protocol)
+
+
+def delete_all(
+    ns: Namespace, family: int, destinations: list[tuple[int, str]], protocol: int = conntrack.UDP
+) -> int:
     def inside() -> int:
         netlink = NetlinkSocket(nlsocket.NETFILTER)
         try:
-            address = parse_ip(to)[1] if to else None
-            return conntrack.delete_flows(netlink, family, protocol, port, address)
+            wanted = {(port, parse_ip(to)[1] if to else None) for port, to in destinations}
+            return conntrack.delete_flows(netlink, family, protocol, wanted)
         finally:
             netlink.close()
 
@@ -109,3 +115,17 @@ def test_the_port_is_that_before_translation(ns: Namespace) -> None:
     send(ns, "127.0.0.1", 5000)
     assert delete(ns, 4, 6000) == 0
     assert delete(ns, 4, 5000) == 1
+
+
+@pytest.mark.parametrize(("family", "one", "other"), [(4, "127.0.0.1", "127.0.0.2"), (6, "::1", "fd00::9")])
+def test_flows_to_several_ports(ns: Namespace, family: int, one: str, other: str) -> None:
+    ns.run("ip address add fd00::9/128 dev lo nodad")
+    for port in (5000, 5001, 5002):
+        for address in (one, other):
+            send(ns, address, port)
+    assert delete_all(ns, family, []) == 0
+    assert delete_all(ns, family, [(5000, ""), (5001, other), (5003, "")]) == 3
+    left = [found.rpartition(" ") for _, found in flows(ns)]
+    assert sorted(port for _, _, port in left) == ["5001", "5002", "5002"]
+    assert delete_all(ns, family, [(5001, one), (5002, ""), (5002, one)]) == 3
+    assert flows(ns) == []

@@ -8,14 +8,17 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
+from cni.errors import CniError
 from cni.local import LocalHost
+from cni.net import conntrack, nft, nlsocket
 from cni.plugins import portmap
+from cni.plugins.portmap import Portmap
+from cni.spec.request import Request
 from tests.netns import firewall_fixtures
 from tests.netns.cni_fixtures import (
     GO_PLUGINS,
@@ -36,6 +39,8 @@ FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 KINDS = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}
 TABLES = {4: "ip flannel_hostport", 6: "ip6 flannel_hostport"}
 WAIT_S = 3.0
+
+T = TypeVar("T")
 
 Entry = Mapping[str, object]
 
@@ -212,6 +217,26 @@ def flows_to(port: int) -> list[list[str]]:
     """The flows to a port in the thread's namespace, without their timers."""
     lines = Path("/proc/thread-self/net/nf_conntrack").read_text().splitlines()
     return [[word for word in line.split() if "=" in word] for line in lines if f"dport={port}" in line]
+
+
+def inside_plugin(machine: Machine, function: Callable[[LocalHost], T]) -> T:
+    """Call a function of the plugin's in this process, in a thread in the node's namespace."""
+
+    def call() -> T:
+        host = LocalHost(lambda _: None, {})
+        try:
+            return function(host)
+        finally:
+            for opened in (host._netfilter, host._route):
+                if opened is not None:
+                    opened.close()
+
+    return machine.local().call(call)
+
+
+def request(command: str, pod: Pod, *entries: Entry, **extra: object) -> Request:
+    environment = {"CNI_COMMAND": command, **attachment(pod.id, pod.netns)}
+    return Request(environment, json.dumps(pod.portmap(entries, **extra)).encode())
 
 
 @pytest.fixture
@@ -459,13 +484,11 @@ def test_sweep_drops_what_is_not_live(machine: Machine) -> None:
         return link == survivor
 
     def sweep() -> int:
-        host = LocalHost(lambda _: None, {})
-        with closing(host.netfilter):
-            return portmap.sweep(host, live)
+        return inside_plugin(machine, lambda host: portmap.sweep(host, live))
 
-    assert machine.local().call(sweep) == 4  # two ports, each in both families
+    assert sweep() == 4  # two ports, each in both families
     assert asked == {pod.result["interfaces"][1]["name"] for pod in (one, other)}
-    assert machine.local().call(sweep) == 0
+    assert sweep() == 0
     with serve(other.netns, 80) as server:
         seen_from(machine.client, NODE[4], 8082, server)
     assert is_free(machine, NODE[4], 8080)
@@ -512,6 +535,138 @@ def test_a_rule_that_somebody_removed_is_made_anew(machine: Machine) -> None:
     first = node.run("nft -s list ruleset")
     pod.add(entry(8080, 80))
     assert node.run("nft -s list ruleset") == first
+
+
+def test_what_somebody_else_put_into_the_table_is_left_alone(machine: Machine) -> None:
+    pod, other = machine.pod("c1"), machine.pod("c2")
+    pod.add(entry(8080, 80))
+    script = """
+        add element ip flannel_hostport ports { tcp . 9000 : 10.9.9.9 . 90 }
+        add element ip flannel_hostport ports { tcp . 9001 comment "a b c  1 -" : 10.9.9.9 . 90 }
+        add element ip flannel_hostport ports { tcp . 9002 comment "something" : 10.9.9.9 . 90 }
+        add element ip flannel_hostport hairpin_24_13 { 10.9.9.0 . tcp . 90 comment "something" }
+        add set ip flannel_hostport hairpin_of_mine { type ipv4_addr; }
+        add element ip flannel_hostport hairpin_of_mine { 10.9.9.9 }
+        add set ip flannel_hostport mine { type ipv4_addr; }
+        add element ip flannel_hostport mine { 10.9.9.9 }
+        add chain ip flannel_hostport mine
+        add rule ip flannel_hostport mine tcp dport 90 accept
+    """
+    command = machine.node.netns.wrap(["nft", "-f", "-"])
+    done = subprocess.run(command, input=script, capture_output=True, text=True, check=False, timeout=30)
+    assert done.stderr == ""
+
+    def live(link: str) -> bool:
+        assert link == pod.result["interfaces"][1]["name"], "the kernel would refuse another as no name"
+        return False
+
+    assert inside_plugin(machine, lambda host: portmap.sweep(host, live)) == 2
+    left = {name: len(elements) for name, elements in machine.elements().items()}
+    assert left == {"ports": 3, "hairpin_24_13": 1, "hairpin_of_mine": 1, "mine": 1}
+    assert "tcp dport 90 accept" in machine.node.netns.run("nft list chain ip flannel_hostport mine")
+    # Whoever asks for such a port gets it.
+    other.add(entry(9000, 80), entry(9001, 80))
+    with serve(other.netns, 80) as server:
+        seen_from(machine.client, NODE[4], 9000, server)
+        seen_from(machine.client, NODE[4], 9001, server)
+    assert other.check(entry(9000, 80), entry(9001, 80)) is None
+    before = machine.node.netns.run("nft list ruleset")
+    assert other.add(entry(9000, 80), entry(9001, 80)) == other.result
+    assert machine.node.netns.run("nft list ruleset") == before
+
+
+# ---- what is slow, or cannot be
+
+
+def test_thousands_of_ports(machine: Machine) -> None:
+    pod = machine.pod("c1")
+    ports = [entry(10000 + number, 80, "udp" if number % 2 else "tcp") for number in range(2000)]
+    assert pod.add(*ports) == pod.result
+    assert {family: len(machine.elements(family)["ports"]) for family in (4, 6)} == {4: 2000, 6: 2000}
+    assert pod.delete() is None
+    assert machine.elements() == {}
+
+
+def test_flows_to_many_ports_are_read_once(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    pod = machine.pod("c1")
+    ports = [entry(5000 + number, 53, "udp") for number in range(20)]
+    dumps = []
+    dump = nlsocket.NetlinkSocket.dump
+
+    def counted(socket: nlsocket.NetlinkSocket, kind: int, body: bytes) -> list[Any]:
+        dumps.append(kind >> 8)
+        return dump(socket, kind, body)
+
+    monkeypatch.setattr(nlsocket.NetlinkSocket, "dump", counted)
+    inside_plugin(machine, lambda host: Portmap(host).add(request("ADD", pod, *ports)))
+    assert dumps.count(conntrack._SUBSYSTEM) == 2, "once for each family"
+
+
+def test_a_container_without_ports_does_not_read_those_of_others(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pod, other = machine.pod("c1"), machine.pod("c2")
+    other.add(entry(8080, 80), entry(8081, 80, host_ip=NODE[4]))
+    before = machine.elements()
+    monkeypatch.setattr(nft, "_decode", None)
+    assert inside_plugin(machine, lambda host: Portmap(host).add(request("ADD", pod))) == pod.result
+    inside_plugin(machine, lambda host: Portmap(host).delete(request("DEL", pod)))
+    assert machine.elements() == before
+
+
+@pytest.mark.parametrize("changed", [{}, {"hostIP": NODE[4]}])
+def test_a_container_that_wants_its_ports_no_more_loses_them(
+    machine: Machine, changed: Mapping[str, str]
+) -> None:
+    pod, other = machine.pod("c1"), machine.pod("c2")
+    other.add({**entry(8080, 80), **changed})
+    pod.add({**entry(8080, 80), **changed})
+    other.add({**entry(8080, 80), **changed})  # and now pod's claim waits
+    assert pod.add() == pod.result
+    other.delete()
+    assert machine.elements() == {}
+
+
+def test_flows_are_forgotten_though_del_is_killed_at_once(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As soon as the ports are gone nobody knows any more which flows led to the container."""
+    pod = machine.pod("c1")
+    pod.add(entry(5353, 53, "udp"))
+    with serve(pod.netns, 53, "udp") as server, open_socket(machine.client, "udp", 4) as client:
+        client.connect((NODE[4], 5353))
+        exchange(client, server, "udp")
+    assert len(machine.local().call(lambda: flows_to(5353))) == 1
+    commit = nft.Transaction.commit
+
+    def killed(change: nft.Transaction, socket: nlsocket.NetlinkSocket) -> None:
+        commit(change, socket)
+        if len(change):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(nft.Transaction, "commit", killed)
+    with pytest.raises(KeyboardInterrupt):
+        inside_plugin(machine, lambda host: Portmap(host).delete(request("DEL", pod)))
+    assert machine.elements() == {}
+    assert machine.local().call(lambda: flows_to(5353)) == []
+
+
+@pytest.mark.parametrize("protocol", [nlsocket.ROUTE, 31])
+def test_a_kernel_without_nf_tables(machine: Machine, protocol: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Route netlink knows nothing of it, and there is no protocol 31."""
+    pod = machine.pod("c1")
+    monkeypatch.setattr("cni.local.NETFILTER", protocol)
+
+    def call(function: Callable[[Portmap], T]) -> T:
+        return inside_plugin(machine, lambda host: function(Portmap(host)))
+
+    assert call(lambda plugin: plugin.add(request("ADD", pod))) == pod.result
+    call(lambda plugin: plugin.delete(request("DEL", pod)))
+    valid = {"cniVersion": "1.1.0", "cni.dev/valid-attachments": []}
+    call(lambda plugin: plugin.gc(request("GC", pod, **valid)))
+    assert inside_plugin(machine, lambda host: portmap.sweep(host, lambda _: False)) == 0
+    with pytest.raises(CniError, match=r"^port mappings need nf_tables in the kernel: "):
+        call(lambda plugin: plugin.add(request("ADD", pod, entry(8080, 80))))
 
 
 # ---- CHECK, STATUS
@@ -645,8 +800,9 @@ def test_what_gos_del_leaves_of_ours_goes_with_the_link(machine: Machine) -> Non
     with serve(pod.netns, 80) as server:
         seen_from(machine.client, NODE[4], 8080, server)
     pod.detach()
-    assert other.delete() is None
+    other.add(entry(8081, 80))
     assert is_free(machine, NODE[4], 8080)
+    assert other.delete() is None
     assert machine.elements() == {}
 
 

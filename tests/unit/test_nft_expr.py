@@ -59,7 +59,6 @@ def test_only_verdicts_lead_to_chains() -> None:
         return expr.read_jump(b"".join(expressions))
 
     assert listed(expr.counter(), expr.jump("c")) == "c"
-    assert listed(expr.goto("c")) == "c"
     assert listed(expr.immediate(b"c\0\0\0"), expr.accept()) == ""
     assert listed() == ""
 
@@ -120,4 +119,16 @@ def test_flows_of_a_kernel_that_sends_all(
 ) -> None:
     ip = expr.nested(1, attr(1, b"\x0a\0\0\x09"), attr(2, b"\x0a\0\0\1"))
     proto = expr.nested(2, attr(1, b"\x11"), attr(2, expr.port(53)), attr(3, expr.port(53)))
-    assert conntrack._goes_to(ip + proto, 4, protocol, expr.port(port), address) is meant
+    assert conntrack._goes_to(ip + proto, 4, protocol, {(expr.port(port), address)}) is meant
+
+
+def test_the_interface_that_a_rule_wants() -> None:
+    def listed(*expressions: bytes) -> str:
+        return expr.read_iifname(b"".join(expressions))
+
+    port = expr.compare(expr.EQ, expr.ifname("veth1"))
+    assert listed(expr.counter(), expr.meta(expr.META_IIFNAME), port, expr.jump("c")) == "veth1"
+    assert listed(expr.meta(expr.META_OIFNAME), port) == ""
+    assert listed(expr.meta(expr.META_IIFNAME), expr.compare(expr.NEQ, expr.ifname("veth1"))) == ""
+    assert listed(expr.meta(expr.META_IIFNAME), expr.compare(expr.EQ, b"veth")) == "", "a pattern is no name"
+    assert listed() == ""

@@ -222,7 +222,16 @@ def test_a_claim_is_read_back_from_its_comment(changes: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "comment", ["", "hello", "cbr0 c1 eth0 veth1 x -", "cbr0 c1 eth0 veth1 1 a/b", "a b c d 1 1/1 x"]
+    "comment",
+    [
+        "",
+        "hello",
+        "cbr0 c1 eth0 veth1 x -",
+        "cbr0 c1 eth0 veth1 1 a/b",
+        "a b c d 1 1/1 x",
+        "a b c  1 -",
+        f"a b c {16 * 'v'} 1 -",
+    ],
 )
 def test_a_comment_of_somebody_else_is_no_claim(comment: str) -> None:
     assert read_claim((None, TCP, 80), (4, A, 80), comment) is None
