@@ -330,7 +330,7 @@ def test_the_nodes_own_namespace_is_refused_before_anything_is_done(rig: Rig) ->
 
 
 def test_a_pid_of_the_host_takes_over_the_number_of_a_container(rig: Rig) -> None:
-    """DEL with a path that leads to the host's own namespace now: none of its links goes, the address does."""
+    """DEL with a path that is the host's own namespace now: none of its links goes, the address does."""
     rig.add(rig.conf())
     rig.host.run("ip link add eth0 type bridge")
     assert rig.call("DEL", rig.conf(), netns=rig.host) is None
