@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from _stat import S_ISDIR
 
 from cni.errors import INTERNAL, CniError, KernelError
 from cni.host import Directory, Netns, NetnsInvalid, NetnsMissing, Sysctl
@@ -36,8 +37,9 @@ class LocalFiles:
         try:
             if mode is not None:
                 make_directories(path, mode)
-            os.close(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-            return Directory(path, path)
+            if S_ISDIR(os.stat(path).st_mode):
+                return Directory(path, path)
+            number = errno.ENOTDIR
         except ValueError:  # no path can hold a NUL
             number = errno.EINVAL
         except OSError as exc:
@@ -53,6 +55,8 @@ class LocalFiles:
             data = bytearray()
             while len(data) < limit and (chunk := os.read(descriptor, limit - len(data))):
                 data += chunk
+        except OSError as exc:
+            raise OSError(exc.errno, exc.strerror, path) from None
         finally:
             os.close(descriptor)
         return bytes(data)

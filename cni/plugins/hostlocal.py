@@ -189,7 +189,7 @@ class HostLocal:
         try:
             with self._existing(config.place):
                 self._check_writable(config.place.store)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             self._check_creatable(config.place.store)
         except OSError as exc:
             raise CniError(NOT_AVAILABLE, _words(exc)) from None
