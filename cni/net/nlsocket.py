@@ -26,7 +26,8 @@ ROUTE, NETFILTER = 0, 12  # protocols
 _SOL_NETLINK, _CAP_ACK, _EXT_ACK, _STRICT = 270, 10, 11, 12
 _SOL_SOCKET, _SEND_BUFFER, _SEND_BUFFER_FORCE = 1, 7, 32
 _MESSAGE_TOO_LONG = 90  # EMSGSIZE
-_RECEIVE_BYTES = 1 << 18
+_RECEIVE_BYTES, _LEFT_OVER_BYTES = 1 << 18, 1 << 15
+_MSG_DONTWAIT, _ENOBUFS = 0x40, 105
 _NO_SUCH_PROTOCOL = (93, 94, 97)  # EPROTONOSUPPORT, ESOCKTNOSUPPORT, EAFNOSUPPORT
 _MAX_INTERRUPTED_DUMPS = 20
 
@@ -74,6 +75,20 @@ class NetlinkSocket:
             kind = ProtocolMissing if exc.errno in _NO_SUCH_PROTOCOL else KernelError
             raise kind(f"cannot open a netlink socket: {exc.strerror}") from None
         self._sequence = 0
+        if descriptor is not None:
+            self._start_afresh()
+
+    def _start_afresh(self) -> None:
+        """Who had the socket before may have left answers unread, to numbers that we would use as well."""
+        self._sequence = int.from_bytes(os.urandom(3), "big")
+        while True:
+            try:
+                self._socket.recv(_LEFT_OVER_BYTES, _MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except OSError as exc:
+                if exc.errno != _ENOBUFS:  # else: more was left than the kernel kept
+                    raise KernelError(f"cannot receive from the kernel: {exc.strerror}") from None
 
     def close(self) -> None:
         self._socket.close()
