@@ -2,7 +2,8 @@
 
 The executable calls this in its own process; a daemon can call the same function for a request that it was
 handed. The checks, their order and their texts are those of the Go library's skel package, with one
-exception: that the container's namespace is the plugin's own is noticed before the command runs, not after.
+exception: that the container's namespace is the plugin's own is noticed before the command runs, not after;
+ADD is then refused, and DEL served as that of a container whose namespace is gone.
 
 Source: CNI 1.1.0, "Section 2: Execution Protocol".
 """

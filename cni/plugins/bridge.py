@@ -16,7 +16,7 @@ from cni.errors import INTERNAL, INVALID_ENVIRONMENT, CniError, KernelError
 from cni.host import NetnsInvalid, NetnsMissing
 from cni.net import rtlink
 from cni.plugins.about import about
-from cni.plugins.bridgeadd import Attachment, Users
+from cni.plugins.bridgeadd import Attachment
 from cni.plugins.bridgeconf import BridgeConf
 from cni.plugins.ipam import Ipam
 from cni.plugins.links import ENODEV, find
@@ -113,7 +113,7 @@ class Bridge:
         conf = BridgeConf(request)
         conf.check_for_add()
         if conf.ipam_type:
-            Ipam(self._host, conf.ipam_type, request, Users(self._host, conf.bridge)).status()
+            Ipam(self._host, conf.ipam_type, request).status()
 
     def gc(self, request: Request) -> None:
         """Release the addresses and the rules of attachments that the runtime no longer knows."""

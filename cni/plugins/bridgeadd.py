@@ -3,9 +3,10 @@
 The order is upstream's: bridge, veth pair, rules against spoofing, address, container, gateway, masquerade.
 Each netlink message that is left out or sent together with another is time off every pod's start:
 
-    host        is there a bridge?  1   veth pair, up, port of the bridge, with its flags  1 or 2
-    container   addresses, link up, routes  1 batch
-    host        the bridge's addresses  1   port up? and neighbours corrected  1 batch
+    host        is there a bridge?   its addresses   veth pair, up, port of the bridge, its flags
+    container   addresses, link up, routes: one batch
+    host        is the port up?
+    container   the addresses announced
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     ADD     one address of each range set, reserved for the container's interface
     DEL     every file of the attachment removed
     CHECK   does the attachment hold an address?
-    STATUS  is the configuration valid, can the store be written, is an address left?
+    STATUS  is the configuration valid, can the store be written?
     GC      every reservation removed that the runtime no longer knows
 
 The store is upstream's to the byte, so both can work in one directory at the same time.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 
-from cni.errors import INTERNAL, CniError
+from cni.errors import INTERNAL, CniError, KernelError
 from cni.net import rtlink
 from cni.net.rtlink import AddressState, LinkState
 
@@ -81,16 +81,20 @@ def ensure(setting: Sysctl, value: str, purpose: str) -> None:
 
 
 class NamespaceLock:
-    """What one call at a time may do in the host's network namespace, whatever process serves it.
+    """What one call at a time may do in the host's network namespace. A context manager; raises KernelError.
 
-    A context manager.
+    The namespace's own file is what is locked: warm and cold path share it whatever else they see.
     """
 
     __slots__ = ("_descriptor",)
 
     def __enter__(self) -> None:
         self._descriptor = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        except OSError as exc:
+            os.close(self._descriptor)
+            raise KernelError(f"cannot lock the network namespace: {exc.strerror}") from None
 
     def __exit__(self, *_exc: object) -> None:
         os.close(self._descriptor)

@@ -20,8 +20,6 @@ Source: containernetworking/plugins, plugins/meta/portmap; CNI 1.1.0.
 
 from __future__ import annotations
 
-import fcntl
-import os
 import struct
 
 from cni.errors import INTERNAL, INVALID_CONFIG, NOT_AVAILABLE, CniError, KernelError
@@ -30,6 +28,7 @@ from cni.net.nlmsg import attr
 from cni.net.nlsocket import NetlinkSocket, ProtocolMissing
 from cni.plugins import xtables
 from cni.plugins.about import about
+from cni.plugins.links import NamespaceLock
 from cni.plugins.portmapconf import (
     NO_LINK,
     Claim,
@@ -56,7 +55,6 @@ if TYPE_CHECKING:
     Keep = Callable[[Claim], bool]
 
 _FAMILIES = (4, 6)
-_OWN_NETNS = "/proc/thread-self/ns/net"
 _ROUTE_TO = struct.Struct("=BBxxxxxxI")  # struct rtmsg of a question for the way to one address
 _RTA_DST = 1
 # What upstream made: chains of the iptables table `nat`, and chains of its own nf_tables tables.
@@ -231,8 +229,7 @@ def update(host: Host, keep: Keep, new: dict[int, list[Claim]] | None = None) ->
     dropped = 0
     changed: list[Claim] = []
     change = nft.Transaction()
-    lock = _lock()
-    try:
+    with NamespaceLock():
         for family in _FAMILIES:
             table = PortTable(socket, family)
             kept = [claim for claim in table.claims if keep(claim)]
@@ -244,24 +241,8 @@ def update(host: Host, keep: Keep, new: dict[int, list[Claim]] | None = None) ->
             # Of a call that is killed from here on nobody would know the flows to a container that is gone.
             _forget_connections(host, changed)
         change.commit(socket)
-    finally:
-        os.close(lock)
     _forget_connections(host, changed)
     return dropped
-
-
-def _lock() -> int:
-    """A descriptor that keeps out all others who change the ports in this network namespace, until closed.
-
-    The namespace's own file is what is locked: warm and cold path share it whatever else they see.
-    """
-    descriptor = os.open(_OWN_NETNS, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError as exc:
-        os.close(descriptor)
-        raise KernelError(f"cannot lock the forwarded ports: {exc.strerror}") from None
-    return descriptor
 
 
 def _moved(before: list[Claim], after: list[Claim]) -> list[Claim]:

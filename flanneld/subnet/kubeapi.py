@@ -875,8 +875,9 @@ class Watch:
         self._thread.join(POLL_S)
 
     def _put(self, item: Batch | Exception) -> None:
-        while self._items.qsize() >= _QUEUE and not self._over.wait(_BACKLOG_S):
-            pass
+        while self._items.qsize() >= _QUEUE:
+            if self._over.wait(_BACKLOG_S):
+                break
         self._items.put(item)
 
     def _run(self) -> None:
