@@ -7,34 +7,21 @@ one that gets the address, so each names the host's end of its pod's link, and g
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import select
 import socket
-import struct
-from collections.abc import Sequence
 from threading import Event, Thread
 
 from cni.errors import KernelError, NetworkError
 from cni.local import LocalHost
-from cni.net import rtlink
+from cni.net import bpf, rtlink
 from cni.plugins import macspoof, masq, portmap
 from cni.plugins.links import find
 from flanneld.log import OncePerChange, logger
 
 _RTMGRP_LINK = 1
 _RECEIVE_BYTES = 1 << 18
-# Of what the kernel tells of links, their end alone is heard (linux/bpf_common.h, struct sock_filter): who is
-# woken for the rest keeps the thread that adds a pod from going on.
-_SO_ATTACH_FILTER = 26
-_LOAD_KIND, _SKIP_ONE_UNLESS, _RETURN = 0x28, 0x15, 0x06
-_ONLY_DELLINK = (
-    (_LOAD_KIND, 0, 0, 4),
-    (_SKIP_ONE_UNLESS, 0, 1, socket.htons(rtlink.RTM_DELLINK)),
-    (_RETURN, 0, 0, 0xFFFFFFFF),
-    (_RETURN, 0, 0, 0),
-)
 # Links come and go by the dozen; and a DEL of ours is given the time to finish by itself.
 _SETTLE_S = 0.5
 _JOIN_S = 5.0
@@ -47,7 +34,8 @@ class Sweeper:
         try:
             kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
             self._socket = socket.socket(socket.AF_NETLINK, kind, socket.NETLINK_ROUTE)
-            _attach(self._socket, _ONLY_DELLINK)
+            # Who is woken for the rest keeps the thread that adds a pod from going on.
+            bpf.attach(self._socket, bpf.of_type(rtlink.RTM_DELLINK))
             self._socket.bind((0, _RTMGRP_LINK))
         except OSError as exc:
             raise KernelError(f"cannot hear of links that go: {exc.strerror}") from exc
@@ -107,11 +95,3 @@ class Sweeper:
 
     def _is_there(self, link: str) -> bool:
         return find(self._host.route, link) is not None
-
-
-def _attach(sock: socket.socket, program: Sequence[tuple[int, int, int, int]]) -> None:
-    """Have the kernel pass over what `program` does not take."""
-    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *one) for one in program))
-    sock.setsockopt(
-        socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HP", len(program), ctypes.addressof(code))
-    )

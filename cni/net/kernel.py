@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from cni.errors import KernelError
-from cni.net import ethtool, netlink, nlmsg
+from cni.net import bpf, ethtool, netlink, nlmsg
 from cni.net.entries import Address, Blackhole, Entry, FdbEntry, Link, Neighbour, NetState, Route, state
 from cni.net.netlink import AddressInfo, LinkInfo, NeighbourInfo, RouteInfo
 from cni.net.plan import Operation, Refused, Scope
@@ -491,6 +491,13 @@ class Monitor:
         wanted = self._links | self._underlay
         # What is known of the watched links by index, to tell what of a notification is news.
         self._known = {link.ifindex: link for link in self._kernel.links() if link.name in wanted}
+        self._listen()
+
+    def _listen(self) -> None:
+        """Hear of the links that are known, and of what is given one of the names, and of nothing else."""
+        self._heard = frozenset(self._known)
+        self._missed = False
+        bpf.attach(self._socket, bpf.of_links(self._heard, self._links | self._underlay))
 
     def _name(self, index: int) -> str:
         known = self._known.get(index)
@@ -508,6 +515,9 @@ class Monitor:
 
     def read(self) -> list[Change] | None:
         """Wait for the next changes; None after `wake`, an empty list when some were lost."""
+        if self._missed:
+            self._missed = False
+            return []
         while True:
             ready, _, _ = select.select([self._socket.fileno(), self._wake_read], [], [])
             if self._wake_read in ready:
@@ -524,6 +534,9 @@ class Monitor:
                     return []
                 raise KernelError(f"route netlink monitor failed: {exc.strerror}") from exc
             changes = [change for m in nlmsg.messages(data) if (change := self._change(m))]
+            if not self._known.keys() <= self._heard:
+                self._listen()
+                self._missed = True  # what was told of the new link before it could be heard
             if changes:
                 return changes
 

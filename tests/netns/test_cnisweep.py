@@ -17,7 +17,8 @@ import pytest
 from tests.netns.bridge_fixtures import GO, OURS, Document, Rig, new_rig
 from tests.netns.cni_fixtures import GO_PLUGINS, ROOT, Namespace, attachment, plugin_command, wait_for
 
-SOON_S, TIMEOUT_S = 2.0, 20.0
+# Half a second but for tests beside this one: a namespace full of links goes in seconds, and all others wait.
+SOON_S, TIMEOUT_S = 10.0, 20.0
 FIRST, SECOND = "10.1.17.2", "10.1.17.3"  # the addresses of the first two pods
 TABLES = ["flannel_cni", "flannel_hostport"]  # of masquerading, and of ports
 # With an argument: so many descriptors may be open beside those that are, until somebody allows more.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import itertools
+import select
 import socket
 import subprocess
 import threading
@@ -747,7 +748,11 @@ def test_a_device_that_comes_back_is_watched_again(monitor: Monitor, up: Node) -
     up.run("ip link del flannel.1")
     told(monitor, Change(True, "flannel.1", None))
     assert up.reach(DESIRED) == []
-    told(monitor, Change(False, "flannel.1", ROUTE))
+    told(monitor, Change(False, "flannel.1", None))
+    while monitor.read() != []:  # what was told before the kernel knew that the new device is to be heard
+        pass
+    up.run("ip route del 10.244.2.0/24")
+    told(monitor, Change(True, "flannel.1", ROUTE))
     up.run("ip link set flannel.1 name gone")
     told(monitor, Change(True, "flannel.1", None))
     up.run("ip link set gone name flannel.1")
@@ -772,6 +777,23 @@ def test_what_is_not_ours_is_not_told(monitor: Monitor, up: Node) -> None:
     ):
         up.run(command)
     assert silent(monitor, up) == []
+
+
+def test_a_pod_that_comes_and_goes_wakes_nobody(monitor: Monitor, up: Node) -> None:
+    up.run("ip link add cni0 type bridge")
+    up.run("ip addr add 10.244.1.1/24 dev cni0")
+    for command in (
+        "ip link add veth0 up master cni0 type veth peer name flannel.10",  # begins as ours
+        "ip link set flannel.10 up",
+        "ip link set cni0 up",
+        f"ip neigh add 10.244.1.2 lladdr {OTHER} dev cni0",
+        f"bridge fdb add {OTHER} dev veth0 master",
+        "ip link del veth0",
+        "ip link del cni0",
+    ):
+        up.run(command)
+        # The kernel has told by the time that the command ends.
+        assert select.select([monitor._socket], [], [], 0)[0] == [], command
 
 
 def test_changes_before_the_monitor_are_not_told_again(monitor: Monitor, up: Node) -> None:
