@@ -22,6 +22,9 @@ DIST = ROOT / "dist"
 PLUGINS = DIST / "cni-bin"
 OPTIONAL = ("bridge", "host-local", "portmap", "loopback")
 COMPILE = ("-static", "-O2", "-Wall", "-Wextra", "-Werror", "-s")
+# Most of the shim's time is the start of a process. With musl that takes a quarter of a millisecond less:
+# glibc asks the processor dozens of questions (CPUID) first, which a virtual machine takes to its host.
+COMPILERS = ("musl-gcc", "cc")
 
 
 def freeze(spec: str, folder: str) -> None:
@@ -50,9 +53,9 @@ def compile_shim() -> None:
     """
     target = PLUGINS / "flannel"
     target.unlink(missing_ok=True)
-    compiler = shutil.which("cc")
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
-        print("no C compiler (Debian package gcc): no shim, each call starts the frozen plugin")
+        print("no C compiler (Debian package musl-tools): no shim, each call starts the frozen plugin")
         target.symlink_to("flannel-lib/flannel")
         return
     command = [compiler, *COMPILE, "-o", str(target), str(ROOT / "cni" / "shim" / "shim.c")]

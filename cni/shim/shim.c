@@ -4,7 +4,6 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/netlink.h>
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
@@ -15,6 +14,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/time.h>
 #include <sys/un.h>
 #include <sys/vfs.h>
 #include <time.h>
@@ -23,7 +23,7 @@
 enum { CONNECT_MS = 2000, HELLO_MS = 5000, ANSWER_MS = 60000, LONGEST_MS = 24 * 3600 * 1000 };
 /* A request behind its header; of stdin, more than the cold path takes; one send; a text of a reply. */
 enum { BODY_BYTES = 4 << 20, STDIN_BYTES = 17 << 20, CHUNK_BYTES = 1 << 15, TEXT_BYTES = 64 << 20 };
-enum { NSFS = 0x6e736673, PROCFS = 0x9fa0, DECLINED = 1 };
+enum { NSFS = 0x6e736673, PROCFS = 0x9fa0, DECLINED = 1, NETLINK_ROUTE = 0 };
 /* By bit of fd_mask. What /proc/sys/net leads to depends on who looks, what is below ipv4 and ipv6 not. */
 enum { OWN, ROOT, NETNS, ROUTE, IPV4, IPV6, DESCRIPTORS };
 
@@ -191,7 +191,7 @@ static int submit(int fd) {
 			memcpy(CMSG_DATA(&control.head) + len, &descriptors[i], sizeof(int));
 			request.head.fd_mask |= 1u << i, len += sizeof(int);
 		}
-	control.head = (struct cmsghdr){CMSG_LEN(len), SOL_SOCKET, SCM_RIGHTS};
+	control.head.cmsg_len = CMSG_LEN(len), control.head.cmsg_level = SOL_SOCKET, control.head.cmsg_type = SCM_RIGHTS;
 	message.msg_controllen = CMSG_SPACE(len);
 	return transfer(fd, SO_SNDTIMEO, &message, sizeof request.head + body_len);
 }

@@ -60,9 +60,10 @@ json.dump({
 
 
 def build(folder: Path, *flags: str) -> Path:
-    """Compile the shim with `flags`; its path."""
+    """Compile the shim with `flags`, a static one as it is delivered with musl; its path."""
     target = folder / "flannel"
-    subprocess.run(["gcc", *flags, "-o", str(target), str(SOURCE)], check=True, timeout=120)
+    compiler = "musl-gcc" if "-static" in flags else "gcc"
+    subprocess.run([compiler, *flags, "-o", str(target), str(SOURCE)], check=True, timeout=120)
     return target
 
 
