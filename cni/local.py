@@ -105,7 +105,10 @@ class LocalHost:
         self._note(text)
 
     def sync(self, descriptor: int) -> None:
-        os.fsync(descriptor)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
     @property
     def route(self) -> NetlinkSocket:
@@ -120,7 +123,7 @@ class LocalHost:
         return self._netfilter
 
     def sysctl(self, name: str) -> Sysctl:
-        return Sysctl(_SYSCTLS, name)
+        return Sysctl(name, f"{_SYSCTLS}/{name}")
 
     def netns(self, path: str) -> Netns:
         if self._netns is None or self._netns[0] != path:
@@ -148,7 +151,8 @@ class LocalHost:
             raise netns_error(path, errno.ENOENT)
         if "netns" in given:
             route = NetlinkSocket(ROUTE, given["route"])
-            sysctls = {name: f"/proc/self/fd/{given[name]}" for name in _FAMILIES if name in given}
+            route.start_afresh()
+            sysctls = {name: given[name] for name in _FAMILIES if name in given}
             return Netns(given["netns"], route, sysctls)
         raise netns_error(path, given.get("error", 0))
 
@@ -205,13 +209,13 @@ def _opened(path: str) -> Netns:
         os.close(own)
 
 
-def _open_sysctls() -> dict[str, str]:
+def _open_sysctls() -> dict[str, int]:
     """The settings of the namespace that this thread is in, for later, when it is in another."""
     found = {}
     for family in _FAMILIES:
         path = f"{_SYSCTLS}/{family}"
         if os.path.isdir(path):
-            found[family] = f"/proc/self/fd/{os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)}"
+            found[family] = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     return found
 
 

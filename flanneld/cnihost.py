@@ -152,19 +152,20 @@ class Passed:
         """Say which they are, in their order; raises WireError unless each is of its kind.
 
         `own` is the identity of any namespace. That one is of a network is left to the kernel, when a link
-        is to be born in it.
+        is to be born in it; that a socket is of route netlink, when it is sent the first request.
         """
         if len(bits) != len(self._numbers):
             raise WireError(f"it came with {len(self._numbers)} descriptors, not {len(bits)}")
         self._by_bit = dict(zip(bits, self._numbers, strict=True))
         for bit, number in self._by_bit.items():
-            if bit == cniwire.ROUTE:
-                fits = _is_route_socket(number)
+            found = os.fstat(number)
+            self._identities[bit] = found.st_dev, found.st_ino
+            if bit in (cniwire.OWN, cniwire.NETNS):
+                fits = found.st_dev == own[0]
+            elif bit == cniwire.ROUTE:
+                fits = stat.S_ISSOCK(found.st_mode)
             else:
-                found = os.fstat(number)
-                self._identities[bit] = found.st_dev, found.st_ino
-                in_nsfs = bit in (cniwire.OWN, cniwire.NETNS)
-                fits = found.st_dev == own[0] if in_nsfs else stat.S_ISDIR(found.st_mode)
+                fits = stat.S_ISDIR(found.st_mode)
             if not fits:
                 raise WireError(f"descriptor {bit:#x} is not what it must be")
 
@@ -189,17 +190,6 @@ def identity(descriptor: int) -> Identity:
     """Device and inode: equal for the same file, or namespace."""
     found = os.fstat(descriptor)
     return found.st_dev, found.st_ino
-
-
-def _is_route_socket(descriptor: int) -> bool:
-    try:
-        sock = socket.socket(fileno=descriptor)  # which asks for family, type and protocol
-    except OSError:
-        return False
-    try:
-        return (sock.family, sock.type, sock.proto) == (socket.AF_NETLINK, socket.SOCK_RAW, ROUTE)
-    finally:
-        sock.detach()
 
 
 class Shared:
@@ -297,7 +287,7 @@ class WarmHost:
 
     def sysctl(self, name: str) -> Sysctl:
         # /proc/sys/net shows the namespace of the thread that looks, wherever /proc is mounted.
-        return Sysctl(f"/proc/self/fd/{self._passed[cniwire.ROOT]}/proc/sys/net", name)
+        return Sysctl(name, f"proc/sys/net/{name}", self._passed[cniwire.ROOT])
 
     def netns(self, path: str) -> Netns:
         if not path or path != self._path:
@@ -307,7 +297,7 @@ class WarmHost:
         if self._netns is None:
             passed = self._passed
             families = (("ipv4", cniwire.IPV4), ("ipv6", cniwire.IPV6))
-            sysctls = {name: f"/proc/self/fd/{passed[bit]}" for name, bit in families if bit in passed}
+            sysctls = {name: passed[bit] for name, bit in families if bit in passed}
             route = OwnSocket(ROUTE, self._sockets.buffer, passed.take(cniwire.ROUTE))
             self._netns = Netns(passed[cniwire.NETNS], route, sysctls)
         return self._netns
@@ -332,7 +322,7 @@ class WarmHost:
             raise
 
     def sync(self, descriptor: int) -> None:
-        self._unsynced.append(os.dup(descriptor))
+        self._unsynced.append(descriptor)
 
     def note(self, text: str) -> None:
         self._later.append(partial(logger.info, "%s", text))

@@ -80,7 +80,7 @@ class Index:
         """The reservations now; raises OSError if the directory cannot be read."""
         with self._guard:
             try:
-                found = os.stat(directory.at)
+                found = directory.lstat(".")
                 identity = (found.st_dev, found.st_ino)
                 if self._identity != identity or not self._caught_up(directory):
                     self._rebuild(directory, identity)
@@ -115,16 +115,20 @@ class Index:
 
     def _caught_up(self, directory: Directory) -> bool:
         """Take in what changed since the last call; False if the store has to be read again."""
-        names = _changed(self._watch)
-        if names is None:
+        changed = _changed(self._watch)
+        if changed is None:
             return False
-        for name in names:
-            self._look_at(directory, name)
+        written, self._holdings.written = self._holdings.written, set()
+        for name, kinds in changed.items():
+            if kinds[-1] & (_DELETE | _MOVED_FROM):
+                self._holdings.drop(name)
+            elif kinds != [_CREATE] or name not in written:  # else that was us, and nobody else since
+                self._look_at(directory, name)
         return self._holdings.flat
 
     def _look_at(self, directory: Directory, name: str) -> None:
         try:
-            mode = os.lstat(f"{directory.at}/{name}").st_mode
+            mode = directory.lstat(name).st_mode
         except FileNotFoundError:
             self._holdings.drop(name)
             return
@@ -137,9 +141,12 @@ class Index:
             self._holdings.put(name, owner)
 
 
-def _changed(watch: int) -> set[str] | None:
-    """Names of the reservations that changed since the last call; None if that cannot be told."""
-    names = set()
+def _changed(watch: int) -> dict[str, list[int]] | None:
+    """The reservations that changed since the last call, by name, with the kinds of their events in order.
+
+    None if that cannot be told.
+    """
+    found: dict[str, list[int]] = {}
     while chunk := _queued(watch):
         offset = 0
         while offset < len(chunk):
@@ -149,8 +156,8 @@ def _changed(watch: int) -> set[str] | None:
                 return None
             name = os.fsdecode(chunk[offset - length : offset].rstrip(b"\0"))
             if is_reservation(name):
-                names.add(name)
-    return names
+                found.setdefault(name, []).append(mask)
+    return found
 
 
 def _queued(watch: int) -> bytes:

@@ -154,7 +154,9 @@ class Reclaimer:
         directory, _, name = path.rpartition("/")
         try:
             with self._files.directory(directory or "/") as found:
-                return os.stat(f"{found.at}/{name}").st_dev == os.stat(_ANY_NETNS).st_dev
+                return (
+                    os.stat(f"{found.at}/{name}").st_dev == os.stat(_ANY_NETNS).st_dev
+                )  # through a link too
         except (FileNotFoundError, NotADirectoryError):
             return False
         except OSError:
@@ -171,8 +173,8 @@ class Reclaimer:
 
     def _leave_mark(self, boot: Boot) -> None:
         with self._files.directory(self._place.data_dir) as directory:
-            path = f"{directory.at}/{os.path.basename(self._mark_path())}"
-            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            name = os.path.basename(self._mark_path())
+            file = directory.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             try:
                 os.write(file, f"{boot.identity} {boot.began}\n".encode())
             finally:

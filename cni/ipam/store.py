@@ -75,16 +75,18 @@ def bare_owner(owner: bytes) -> bytes:
 class Holdings:
     """What is reserved: file names (paths below the store) with their owners, and the addresses by family.
 
-    `flat`: the store holds nothing but regular files.
+    `flat`: the store holds nothing but regular files. `written`: names of files that were put by who keeps
+    this, until what the kernel tells of that was heard.
     """
 
-    __slots__ = ("_by_owner", "_owners", "flat", "taken")
+    __slots__ = ("_by_owner", "_owners", "flat", "taken", "written")
 
     def __init__(self) -> None:
         self._owners: dict[str, bytes] = {}
         self._by_owner: dict[bytes, tuple[str, ...]] = {}
         self.taken = {4: Occupied(), 6: Occupied()}
         self.flat = True
+        self.written: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._owners)
@@ -139,7 +141,7 @@ class Store:
         self.directory = directory
         self._view = view
         try:
-            self._lock = os.open(f"{directory.at}/{LOCK}", os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o750)
+            self._lock = directory.open(LOCK, os.O_RDONLY | os.O_CREAT, 0o750)
         except OSError as exc:
             directory.__exit__()
             raise StoreFault("open", f"{directory.path}/{LOCK}", exc) from None
@@ -185,48 +187,50 @@ class Held:
     def take(self, address: Address, owner: bytes) -> bool:
         """Reserve an address; False if somebody has it. Raises StoreFault, and then has reserved nothing."""
         name = format_ip(*address)
-        path = f"{self._directory.at}/{name}"
         try:
-            file = self._open_new(path)
+            file, is_named = self._open_new(name)
         except FileExistsError:
             return False
         except OSError as exc:
             raise StoreFault("open", f"{self._directory.path}/{name}", exc) from None
         try:
             _write_all(file, owner)
-            if not os.fstat(file).st_nlink:
-                # Without a directory's descriptor Python would call link(2), which links the link in /proc.
-                os.link(f"/proc/self/fd/{file}", path, src_dir_fd=file, follow_symlinks=True)
+            if not is_named:
+                self._directory.link_open(file, name)
         except FileExistsError:
             return False
         except OSError as exc:
-            _unlink_own(path, file)
+            if is_named:
+                self._directory.unlink(name)
             raise StoreFault("write", f"{self._directory.path}/{name}", exc) from None
         finally:
             os.close(file)
         self.holdings.put(name, owner)
+        self.holdings.written.add(name)
         return True
 
-    def _open_new(self, path: str) -> int:
+    def _open_new(self, name: str) -> tuple[int, bool]:
         """A file that gets its name when it has its content: who is killed in between leaves nothing.
 
-        Not every file system has files without a name; there it has its name at once, as upstream's.
+        Not every file system has files without a name; there it has its name at once (True), as upstream's.
         """
-        if os.path.lexists(path):
-            raise FileExistsError
-        flags = os.O_RDWR | os.O_CLOEXEC
         try:
-            return os.open(self._directory.at, flags | os.O_TMPFILE, 0o600)
+            self._directory.lstat(name)
+        except FileNotFoundError:
+            pass
+        else:
+            raise FileExistsError
+        try:
+            return self._directory.open(".", os.O_RDWR | os.O_TMPFILE), False
         except OSError as exc:
             if exc.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT):
                 raise
-        return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+        return self._directory.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL), True
 
     def last(self, set_index: int) -> Address | None:
         """The address that a range set handed out last; None if that is not known."""
-        path = f"{self._directory.at}/{LAST}{set_index}"
         try:
-            return _address(_read(path).decode("ascii", "replace"))
+            return _address(_read(self._directory, f"{LAST}{set_index}").decode("ascii", "replace"))
         except OSError:
             return None
 
@@ -234,7 +238,7 @@ class Held:
         """Make `address` the one that the set handed out last; raises StoreFault."""
         name, text = f"{LAST}{set_index}", format_ip(*address).encode()
         try:
-            file = os.open(f"{self._directory.at}/{name}", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            file = self._directory.open(name, os.O_WRONLY | os.O_CREAT)
             try:
                 # Written over and cut, not emptied first, which costs ext4 two hundred microseconds.
                 _write_all(file, text)
@@ -248,7 +252,7 @@ class Held:
     def modified(self, name: str) -> int | None:
         """When a file was written last, in ns since 1970; None if that cannot be told."""
         try:
-            return os.stat(f"{self._directory.at}/{name}").st_mtime_ns
+            return self._directory.lstat(name).st_mtime_ns
         except OSError:
             return None
 
@@ -264,7 +268,7 @@ class Held:
     def remove(self, name: str) -> bool:
         """Remove a file; False if that cannot be done."""
         try:
-            os.unlink(f"{self._directory.at}/{name}")
+            self._directory.unlink(name)
         except FileNotFoundError:
             self.holdings.drop(name)
             return False
@@ -306,26 +310,20 @@ def is_reservation(name: str) -> bool:
 def read_owner(directory: Directory, name: str) -> bytes | None:
     """The owner in a file; empty if it cannot be read, None if there is no such file or it is a directory."""
     try:
-        return _read(f"{directory.at}/{name}").strip(_BLANK)
+        return _read(directory, name).strip(_BLANK)
     except (FileNotFoundError, IsADirectoryError):
         return None
     except OSError:
         return b""
 
 
-def _read(path: str) -> bytes:
+def _read(directory: Directory, name: str) -> bytes:
     # O_NONBLOCK: somebody's pipe must not stop us.
-    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    file = directory.open(name, os.O_RDONLY | os.O_NONBLOCK)
     try:
         return os.read(file, _LARGEST_BYTES)
     finally:
         os.close(file)
-
-
-def _unlink_own(path: str, file: int) -> None:
-    """Take the name of a file away, if it has got one."""
-    if os.fstat(file).st_nlink:
-        os.unlink(path)
 
 
 def _write_all(file: int, data: bytes) -> None:

@@ -28,6 +28,7 @@ _SOL_SOCKET, _SEND_BUFFER, _SEND_BUFFER_FORCE = 1, 7, 32
 _MESSAGE_TOO_LONG = 90  # EMSGSIZE
 _RECEIVE_BYTES, _LEFT_OVER_BYTES = 1 << 18, 1 << 15
 _MSG_DONTWAIT, _ENOBUFS = 0x40, 105
+_KIND_OF_REQUEST, _GET = 3, 2  # of route netlink: the last two bits of a type
 _NO_SUCH_PROTOCOL = (93, 94, 97)  # EPROTONOSUPPORT, ESOCKTNOSUPPORT, EAFNOSUPPORT
 _MAX_INTERRUPTED_DUMPS = 20
 
@@ -61,24 +62,27 @@ class NetlinkSocket:
     thread's namespace is opened.
     """
 
-    __slots__ = ("_sequence", "_socket")
+    __slots__ = ("_is_route", "_is_strict", "_sequence", "_socket")
 
     def __init__(self, protocol: int, descriptor: int | None = None) -> None:
         try:
             self._socket = Socket(_AF_NETLINK, _SOCK_RAW | _SOCK_CLOEXEC, protocol, descriptor)
-            for option in (_CAP_ACK, _EXT_ACK, _STRICT):
-                try:
-                    self._socket.setsockopt(_SOL_NETLINK, option, 1)
-                except OSError:
-                    continue  # an older kernel: more is sent to us, and is passed over
         except OSError as exc:
             kind = ProtocolMissing if exc.errno in _NO_SUCH_PROTOCOL else KernelError
             raise kind(f"cannot open a netlink socket: {exc.strerror}") from None
+        self._is_route = protocol == ROUTE
         self._sequence = 0
-        if descriptor is not None:
-            self._start_afresh()
+        self._is_strict = False
+        self._set(_CAP_ACK)
+        self._set(_EXT_ACK)
 
-    def _start_afresh(self) -> None:
+    def _set(self, option: int) -> None:
+        try:
+            self._socket.setsockopt(_SOL_NETLINK, option, 1)
+        except OSError:
+            return  # an older kernel: more is sent to us, and is passed over
+
+    def start_afresh(self) -> None:
         """Who had the socket before may have left answers unread, to numbers that we would use as well."""
         self._sequence = int.from_bytes(os.urandom(3), "big")
         while True:
@@ -94,30 +98,39 @@ class NetlinkSocket:
         self._socket.close()
 
     def transact(self, requests: Sequence[Request]) -> list[Answer]:
-        """Send all, then read one answer for each. A request that is refused does not keep back the next."""
+        """Send all, then read one answer for each. A request that is refused does not keep back the next.
+
+        Refusals are always told, in the order of the requests. So the last request alone asks for an
+        acknowledgement: what is not refused by then was carried out. A question of route netlink needs none,
+        its answer comes as a message.
+        """
         if not requests:
             return []
         first = self._sequence + 1
-        self._sequence += len(requests)
-        data = [
-            nlmsg.message(kind, flags | NLM_F_ACK, first + n, body)
-            for n, (kind, flags, body) in enumerate(requests)
-        ]
-        self._send(b"".join(data))
-        besides: list[list[Message]] = [[] for _ in requests]
-        answers: list[Answer | None] = [None] * len(requests)
-        missing = len(requests)
-        while missing:
+        self._sequence = last = self._sequence + len(requests)
+        is_question = self._is_route and requests[-1][0] & _KIND_OF_REQUEST == _GET
+        acknowledged = 0 if is_question else last
+        self._send(
+            b"".join(
+                nlmsg.message(kind, flags | NLM_F_ACK if seq == acknowledged else flags, seq, body)
+                for seq, (kind, flags, body) in enumerate(requests, first)
+            )
+        )
+        answers = [Answer(0, "", []) for _ in requests]
+        is_over = False
+        while not is_over:
             for message in nlmsg.messages(self._receive()):
-                place = message.seq - first
-                if not 0 <= place < len(requests):
+                if not first <= message.seq <= last:
                     continue
+                answer = answers[message.seq - first]
                 if message.kind != NLMSG_ERROR:
-                    besides[place].append(message)
-                elif answers[place] is None:
-                    answers[place] = Answer(*nlmsg.error(message), besides[place])
-                    missing -= 1
-        return [answer for answer in answers if answer is not None]
+                    answer.messages.append(message)
+                    is_over |= is_question and message.seq == last
+                    continue
+                if not answer.errno:
+                    answer.errno, answer.text = nlmsg.error(message)
+                is_over |= message.seq == last
+        return answers
 
     def request(self, kind: int, flags: int, body: bytes) -> Answer:
         """`transact` for one."""
@@ -148,6 +161,9 @@ class NetlinkSocket:
 
     def dump(self, kind: int, body: bytes) -> list[Message]:
         """A whole table; one that changed while it was read is read again. Raises KernelError."""
+        if not self._is_strict:  # dumps alone are filtered by what the request says
+            self._is_strict = True
+            self._set(_STRICT)
         for _attempt in range(_MAX_INTERRUPTED_DUMPS):
             self._sequence += 1
             self._send(nlmsg.message(kind, NLM_F_DUMP, self._sequence, body))

@@ -73,35 +73,36 @@ class Flannel:
         conf = self._netconf(request, "failed to load flannel netconf file: ")
         config = delegate_config(conf, subnetenv.load(self._host.files, conf.subnet_file))
         self._find(request, config)
-        scratch = Scratch(self._host, conf.data_dir)
-        existed = scratch.load(request.container_id, request.ifname) is not None
-        try:
-            used, printed = self._add(request, config, None if existed else scratch)
-            made = _convert(printed, _version_of(used), conf.version or version.ABSENT)
-        except CniError as exc:
-            if not existed:
-                self._undo(request, scratch, exc)
-            raise
-        if existed:
-            scratch.save(request.container_id, request.ifname, _encode(used))
+        with Scratch(self._host, conf.data_dir) as scratch:
+            existed = scratch.load(request.container_id, request.ifname) is not None
+            try:
+                used, printed = self._add(request, config, None if existed else scratch)
+                made = _convert(printed, _version_of(used), conf.version or version.ABSENT)
+            except CniError as exc:
+                if not existed:
+                    self._undo(request, scratch, exc)
+                raise
+            if existed:
+                scratch.save(request.container_id, request.ifname, _encode(used))
         return made
 
     def delete(self, request: Request) -> None:
         """Detach; a repeated DEL succeeds. Raises CniError, and then keeps the scratch file for a retry."""
         conf = self._netconf(request)
-        scratch = Scratch(self._host, conf.data_dir)
-        saved = scratch.load(request.container_id, request.ifname)
-        if saved is None:
-            self._sweep(request, conf)
-        else:
-            self._detach(request, conf, saved)
-        # Also what an ADD that was killed had begun to write.
-        scratch.remove(request.container_id, request.ifname)
+        with Scratch(self._host, conf.data_dir) as scratch:
+            saved = scratch.load(request.container_id, request.ifname)
+            if saved is None:
+                self._sweep(request, conf)
+            else:
+                self._detach(request, conf, saved)
+            # Also what an ADD that was killed had begun to write.
+            scratch.remove(request.container_id, request.ifname)
 
     def check(self, request: Request) -> None:
         """Have the delegate check the attachment against prevResult. Raises CniError."""
         conf = self._netconf(request)
-        saved = Scratch(self._host, conf.data_dir).load(request.container_id, request.ifname)
+        with Scratch(self._host, conf.data_dir) as scratch:
+            saved = scratch.load(request.container_id, request.ifname)
         config = None if saved is None else _saved_config(saved)
         if config is None:
             fault = "there is no scratch file" if saved is None else "the scratch file is broken"
@@ -223,20 +224,20 @@ class Flannel:
 
     def _collect(self, request: Request, conf: NetConf, valid: frozenset[tuple[str, str]]) -> list[str]:
         """Detach every attachment of this network that is not in `valid`; returns what failed."""
-        scratch = Scratch(self._host, conf.data_dir)
         live_containers = {container_id for container_id, _ in valid}
         failures = []
-        for container_id, ifname, saved in scratch.saved():
-            config = _saved_config(saved)
-            live = (container_id, ifname) in valid if ifname else container_id in live_containers
-            if live or config is None or config.get("name") != conf.name:
-                continue
-            try:
-                for name in [ifname] if ifname else _ifnames(self._host, conf, container_id):
-                    self._detach(request.for_attachment("DEL", container_id, name), conf, saved)
-                scratch.remove(container_id, ifname)
-            except CniError as exc:
-                failures.append(f"DEL of {container_id} {ifname}: {exc}")
+        with Scratch(self._host, conf.data_dir) as scratch:
+            for container_id, ifname, saved in scratch.saved():
+                config = _saved_config(saved)
+                live = (container_id, ifname) in valid if ifname else container_id in live_containers
+                if live or config is None or config.get("name") != conf.name:
+                    continue
+                try:
+                    for name in [ifname] if ifname else _ifnames(self._host, conf, container_id):
+                        self._detach(request.for_attachment("DEL", container_id, name), conf, saved)
+                    scratch.remove(container_id, ifname)
+                except CniError as exc:
+                    failures.append(f"DEL of {container_id} {ifname}: {exc}")
         return failures
 
     def _rebuilt(self, conf: NetConf) -> gojson.Object:

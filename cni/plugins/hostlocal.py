@@ -235,7 +235,7 @@ class HostLocal:
         """Raise OSError unless files can be made in the directory: one without a name is."""
         with self._host.files.directory(path) as directory:
             try:
-                os.close(os.open(directory.at, os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, 0o600))
+                os.close(directory.open(".", os.O_WRONLY | os.O_TMPFILE))
             except OSError as exc:
                 if exc.errno != errno.EOPNOTSUPP:  # not every file system can; ADD will tell
                     raise StoreFault("write", path, exc) from None

@@ -24,18 +24,31 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cni.host import Directory, Files, Host
 
+_CHUNK_BYTES = 1 << 16
 _LARGEST_RESERVATION_BYTES = 4096  # a container ID and an interface name; the file's name is an address
 _RESERVATION_SEPARATOR = "\r\n"
 
 
 class Scratch:
-    """The scratch files of one data directory. Every method raises CniError 999 when the disk refuses."""
+    """The scratch files of one data directory. Every method raises CniError 999 when the disk refuses.
 
-    __slots__ = ("_host", "_path")
+    A context manager: the directory is opened once, for as long as this is used.
+    """
+
+    __slots__ = ("_directory", "_host", "_path")
 
     def __init__(self, host: Host, path: str) -> None:
         self._host = host
         self._path = path
+        self._directory: Directory | None = None
+
+    def __enter__(self) -> Scratch:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        if self._directory is not None:
+            self._directory.__exit__()
+            self._directory = None
 
     def save(self, container_id: str, ifname: str, data: bytes) -> None:
         """Write both files of an attachment; makes the directory (0700) if need be."""
@@ -44,23 +57,23 @@ class Scratch:
                 INVALID_CONFIG, "dataDir is empty, it must be the directory of flannel's scratch files"
             )
         try:
-            with self._host.files.directory(self._path, 0o700) as directory:
-                self._place(directory, f"{container_id}@{ifname}", ifname, data)
-                self._place(directory, container_id, ifname, data)
-                self._sync_directory(directory)
+            directory = self._open(make=True)
+            self._place(directory, f"{container_id}@{ifname}", ifname, data)
+            self._place(directory, container_id, ifname, data)
+            self._host.sync(directory.open(".", os.O_RDONLY | os.O_DIRECTORY))
         except OSError as exc:
             raise self._refused("write", container_id, exc) from None
 
     def load(self, container_id: str, ifname: str) -> bytes | None:
         """The saved bytes of an attachment, None if there are none."""
         try:
-            with self._host.files.directory(self._path or ".") as directory:
-                own = _read(directory, f"{container_id}@{ifname}")
-                if own is not None:
-                    return own
-                plain = _read(directory, container_id)
-                # With files of other interfaces about, the plain file belongs to one of those.
-                return None if plain is None or _siblings(directory, container_id) else plain
+            directory = self._open()
+            own = _read(directory, f"{container_id}@{ifname}")
+            if own is not None:
+                return own
+            plain = _read(directory, container_id)
+            # With files of other interfaces about, the plain file belongs to one of those.
+            return None if plain is None or _siblings(directory.names(), container_id) else plain
         except FileNotFoundError:
             return None
         except OSError as exc:
@@ -68,18 +81,20 @@ class Scratch:
 
     def remove(self, container_id: str, ifname: str) -> None:
         """Forget an attachment; the plain file passes on to another interface of the container, if any."""
+        own = f"{container_id}@{ifname}"
         try:
-            with self._host.files.directory(self._path or ".") as directory:
-                for name in (container_id, f"{container_id}@{ifname}"):
-                    _unlink(directory, _temporary(name, ifname))
-                _unlink(directory, f"{container_id}@{ifname}")
-                others = [_read(directory, name) for name in _siblings(directory, container_id)]
-                heirs = [data for data in others if data is not None]
-                if not heirs:
-                    _unlink(directory, container_id)
-                elif _read(directory, container_id) not in heirs:
-                    self._place(directory, container_id, ifname, heirs[0])
-                    self._sync_directory(directory)
+            directory = self._open()
+            names = directory.names()
+            for name in (own, _temporary(container_id, ifname), _temporary(own, ifname)):
+                if name in names:
+                    _unlink(directory, name)
+            others = [_read(directory, name) for name in _siblings(names, container_id) if name != own]
+            heirs = [data for data in others if data is not None]
+            if heirs and _read(directory, container_id) not in heirs:
+                self._place(directory, container_id, ifname, heirs[0])
+                self._host.sync(directory.open(".", os.O_RDONLY | os.O_DIRECTORY))
+            elif not heirs and container_id in names:
+                _unlink(directory, container_id)
         except FileNotFoundError:
             return
         except OSError as exc:
@@ -92,40 +107,37 @@ class Scratch:
         """
         found = []
         try:
-            with self._host.files.directory(self._path or ".") as directory:
-                names = _names(directory)
-                with_ifname = {name.partition("@")[0] for name in names if "@" in name}
-                for name in names:
-                    container_id, _, ifname = name.partition("@")
-                    data = _read(directory, name) if ifname or container_id not in with_ifname else None
-                    if data is not None:
-                        found.append((container_id, ifname, data))
+            directory = self._open()
+            names = sorted(name for name in directory.names() if is_name(name.partition("@")[0]))
+            with_ifname = {name.partition("@")[0] for name in names if "@" in name}
+            for name in names:
+                container_id, _, ifname = name.partition("@")
+                data = _read(directory, name) if ifname or container_id not in with_ifname else None
+                if data is not None:
+                    found.append((container_id, ifname, data))
         except FileNotFoundError:
             return []
         except OSError as exc:
             raise self._refused("read", "", exc) from None
         return found
 
+    def _open(self, make: bool = False) -> Directory:
+        if self._directory is None:
+            self._directory = self._host.files.directory(self._path or ".", 0o700 if make else None)
+        return self._directory
+
     def _place(self, directory: Directory, name: str, ifname: str, data: bytes) -> None:
-        temporary = f"{directory.at}/{_temporary(name, ifname)}"
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        temporary = _temporary(name, ifname)
+        descriptor = directory.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         try:
             try:
                 _write(descriptor, data)
-                self._host.sync(descriptor)
             finally:
-                os.close(descriptor)
-            os.rename(temporary, f"{directory.at}/{name}")
+                self._host.sync(descriptor)
+            directory.rename(temporary, name)
         except OSError:
-            os.unlink(temporary)
+            directory.unlink(temporary)
             raise
-
-    def _sync_directory(self, directory: Directory) -> None:
-        descriptor = os.open(directory.at, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            self._host.sync(descriptor)
-        finally:
-            os.close(descriptor)
 
     def _refused(self, verb: str, name: str, exc: OSError) -> CniError:
         reason = (exc.strerror or str(exc)).lower()
@@ -140,20 +152,26 @@ def _temporary(name: str, ifname: str) -> str:
     return f".{name} {ifname}"
 
 
-def _names(directory: Directory) -> list[str]:
-    return sorted(name for name in os.listdir(directory.at) if is_name(name.partition("@")[0]))
-
-
-def _siblings(directory: Directory, container_id: str) -> list[str]:
-    return [name for name in _names(directory) if name.startswith(f"{container_id}@")]
+def _siblings(names: list[str], container_id: str) -> list[str]:
+    """Those of the names that are of interfaces of the container."""
+    prefix = f"{container_id}@"
+    return sorted(name for name in names if name.startswith(prefix))
 
 
 def _read(directory: Directory, name: str) -> bytes | None:
     try:
-        with open(f"{directory.at}/{name}", "rb") as file:
-            return file.read()
+        descriptor = directory.open(name, os.O_RDONLY)
     except FileNotFoundError:
         return None
+    try:
+        data = bytearray()
+        while chunk := os.read(descriptor, _CHUNK_BYTES):
+            data += chunk
+            if len(chunk) < _CHUNK_BYTES:  # the end, without asking once more
+                break
+    finally:
+        os.close(descriptor)
+    return bytes(data)
 
 
 def _write(descriptor: int, data: bytes) -> None:
@@ -164,7 +182,7 @@ def _write(descriptor: int, data: bytes) -> None:
 
 def _unlink(directory: Directory, name: str) -> None:
     try:
-        os.unlink(f"{directory.at}/{name}")
+        directory.unlink(name)
     except FileNotFoundError:
         return
 
@@ -177,15 +195,16 @@ def reservations(files: Files, store: str) -> list[tuple[str, str]]:
     found = []
     try:
         with files.directory(store) as directory:
-            for name in os.listdir(directory.at):
+            for name in directory.names():
                 if name == "lock" or name.startswith("last_reserved_ip."):
                     continue
                 try:
-                    with open(f"{directory.at}/{name}", "rb") as file:
-                        content = file.read(_LARGEST_RESERVATION_BYTES)
+                    content = _read(directory, name)
                 except OSError:
-                    continue  # released at this moment, or a directory: no reservation
-                text = content.decode("utf-8", "replace").strip()
+                    continue  # a directory: no reservation
+                if content is None:
+                    continue  # released at this moment
+                text = content[:_LARGEST_RESERVATION_BYTES].decode("utf-8", "replace").strip()
                 container_id, _, ifname = text.partition(_RESERVATION_SEPARATOR)
                 found.append((container_id, ifname))
     except OSError:

@@ -213,7 +213,7 @@ class Api:
         if matches is not None:
             found = [each for each in found if matches(json.loads(each[1].data))]
         metadata: Json = {"resourceVersion": str(version)}
-        if limit and len(found) > limit and query.get("resourceVersion") != "0":
+        if 0 < limit < len(found) and query.get("resourceVersion") != "0":
             metadata["continue"] = _continue_token(version, found[limit - 1][0] + "\0")
             if matches is None:
                 metadata["remainingItemCount"] = len(found) - limit

@@ -97,7 +97,6 @@ class Steps:
             descriptor = os.open(f"{made.at}/new", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             os.write(descriptor, b"written")
             self._host.sync(descriptor)
-            os.close(descriptor)
             shown = made.path
         text = self._host.files.read(str(request.config["read"]), 4)
         return [shown, text.decode()]
