@@ -13,11 +13,14 @@ from cni.errors import CniError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Protocol
+    from collections.abc import Callable
+    from typing import Protocol, TypeVar
 
     from cni.ipam.index import Indexes
     from cni.net.nlsocket import NetlinkSocket
     from cni.plugins.hostlocal import Report
+
+    T = TypeVar("T")
 
     class Files(Protocol):
         """The file system of the runtime. Methods raise OSError."""
@@ -70,6 +73,9 @@ if TYPE_CHECKING:
         @property
         def report(self) -> Report | None:
             """Takes how full the ranges of host-local are, for whoever counts."""
+
+        def known(self, make: Callable[..., T], *arguments: bytes | str) -> T:
+            """`make(*arguments)` of a pure function, perhaps from an earlier call: not to be changed."""
 
         def note(self, text: str) -> None:
             """A line for the log of whoever runs the plugin."""
@@ -138,7 +144,7 @@ class Directory:
 
     def names(self) -> list[str]:
         """What is in it."""
-        return os.listdir(self.at if self._above is None else self._above)
+        return os.listdir(self.at)  # of a descriptor Python makes another first, and asks what it is
 
 
 class Sysctl:

@@ -19,6 +19,9 @@ from cni.plugins import delegate
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from typing import TypeVar
+
+    T = TypeVar("T")
 
 DESCRIPTORS = "FLANNEL_CNI_FDS"
 _SYSCTLS, _FAMILIES = "/proc/sys/net", ("ipv4", "ipv6")
@@ -100,6 +103,9 @@ class LocalHost:
         self._route: NetlinkSocket | None = None
         self._netfilter: NetlinkSocket | None = None
         self._netns: tuple[str, Netns] | None = None
+
+    def known(self, make: Callable[..., T], *arguments: bytes | str) -> T:
+        return make(*arguments)
 
     def note(self, text: str) -> None:
         self._note(text)

@@ -19,12 +19,13 @@ from functools import partial
 from mmap import mmap
 from threading import BoundedSemaphore
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from cni.errors import Declined, KernelError
 from cni.host import Netns, Sysctl
 from cni.ipam.index import Indexes
 from cni.local import netns_error
+from cni.memo import Memo
 from cni.net.nlmsg import Message, Request
 from cni.net.nlsocket import NETFILTER, ROUTE, Answer, NetlinkSocket
 from flanneld import cniwire, metrics
@@ -45,6 +46,7 @@ _HELD_UP = 32
 # The disk is a resource of its own. When it falls behind so far, who writes has to wait for it.
 _SYNCERS, _MOST_UNSYNCED = 4, 256
 
+T = TypeVar("T")
 Identity = tuple[int, int]
 _ports = itertools.count(int.from_bytes(os.urandom(3), "big"))
 
@@ -195,7 +197,7 @@ def identity(descriptor: int) -> Identity:
 class Shared:
     """What the calls of all threads work with; `close` it after the last."""
 
-    __slots__ = ("_held_up", "_room", "_syncers", "deleter", "indexes")
+    __slots__ = ("_held_up", "_room", "_syncers", "deleter", "indexes", "memo")
 
     def __init__(self) -> None:
         self._held_up = ThreadPoolExecutor(_HELD_UP, thread_name_prefix="cni-held-up")
@@ -203,6 +205,7 @@ class Shared:
         self._room = BoundedSemaphore(_MOST_UNSYNCED)
         self.deleter = LinkDeleter(self._held_up)
         self.indexes = Indexes()
+        self.memo = Memo()
 
     def close(self) -> None:
         """Waits for the kernel and the disk."""
@@ -323,6 +326,9 @@ class WarmHost:
 
     def sync(self, descriptor: int) -> None:
         self._unsynced.append(descriptor)
+
+    def known(self, make: Callable[..., T], *arguments: bytes | str) -> T:
+        return self._shared.memo.known(make, *arguments)
 
     def note(self, text: str) -> None:
         self._later.append(partial(logger.info, "%s", text))

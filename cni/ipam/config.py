@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cni.ipam.ranges import Address
 
 _NO_ADDRESS = "IP <nil> not v4 nor v6"
+ARGUMENTS = ("IP",)  # of CNI_ARGS
 _DNS_LISTS = ("search", "options")
 
 
@@ -166,7 +167,7 @@ def _sets(written: list[list[_Written]], declared_version: str) -> list[RangeSet
 
 def _requested(record: gojson.Object, cni_args: str) -> list[Address]:
     texts = []
-    wanted = args.load(cni_args, ("IP",)).get("IP", "")
+    wanted = args.load(cni_args, ARGUMENTS).get("IP", "")
     if wanted:
         try:
             _wish(wanted)

@@ -17,11 +17,11 @@ from cni.host import NetnsInvalid, NetnsMissing
 from cni.net import rtlink
 from cni.plugins.about import about
 from cni.plugins.bridgeadd import Attachment
-from cni.plugins.bridgeconf import BridgeConf
+from cni.plugins.bridgeconf import ARGUMENTS, BridgeConf, bridge_conf
 from cni.plugins.ipam import Ipam
 from cni.plugins.links import ENODEV, find
 from cni.plugins.links import addresses as addresses_of
-from cni.spec import gojson, result
+from cni.spec import args, gojson, result
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ class Bridge:
 
     def add(self, request: Request) -> gojson.Object:
         """Attach the container; undone if it fails. Raises CniError, and Declined before anything is done."""
-        conf = BridgeConf(request)
+        cni_args = args.relevant(request.environment.get("CNI_ARGS", ""), ARGUMENTS)
+        conf = self._host.known(bridge_conf, request.stdin, cni_args)
         conf.check_for_add()
         if "%" in request.ifname:  # the kernel puts a number for %d, and DEL would look for another name
             raise CniError(INVALID_ENVIRONMENT, "interface name contains %", request.ifname)

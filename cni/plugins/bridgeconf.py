@@ -7,11 +7,8 @@ from __future__ import annotations
 
 from cni.errors import INTERNAL, INVALID_CONFIG, CniError
 from cni.spec import args, gojson
+from cni.spec.request import Request
 from cni.spec.result import ResultError, parse_dns
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from cni.spec.request import Request
 
 _INT64 = 2**63 - 1
 _HIGHEST_VLAN = 4094
@@ -20,6 +17,8 @@ _HEX = frozenset("0123456789abcdefABCDEF")
 _LONGEST_NAME = 15  # the kernel's IFNAMSIZ less the final NUL
 _LARGEST_MTU = 2**31 - 1  # the kernel's own is less for most kinds of links; it says so itself
 _SMALLEST_IPV6_MTU = 1280  # RFC 8200, section 5
+
+ARGUMENTS = ("MAC",)  # of CNI_ARGS
 
 # Every key that this plugin knows, besides those that any netconf has.
 KEYS = frozenset(
@@ -31,6 +30,11 @@ KEYS = frozenset(
         *("cni.dev/valid-attachments", "cni.dev/attachments"),
     }
 )
+
+
+def bridge_conf(stdin: bytes, cni_args: str) -> BridgeConf:
+    """The netconf of a request. Raises CniError 999."""
+    return BridgeConf(Request({"CNI_ARGS": cni_args}, stdin))
 
 
 class BridgeConf:
@@ -70,7 +74,7 @@ class BridgeConf:
             self._read(request.config)
         except (gojson.GoJsonError, ResultError) as exc:
             raise CniError(INTERNAL, f"failed to load netconf: json: {exc}") from None
-        self.mac = args.load(request.environment.get("CNI_ARGS", ""), ("MAC",)).get("MAC", "")
+        self.mac = args.load(request.environment.get("CNI_ARGS", ""), ARGUMENTS).get("MAC", "")
         try:
             self.mac = _requested_mac(request.config) or self.mac
         except gojson.GoJsonError as exc:

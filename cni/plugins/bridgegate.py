@@ -21,7 +21,7 @@ FORWARDING = {4: "ipv4/ip_forward", 6: "ipv6/conf/all/forwarding"}
 class Gateway:
     """The gateway of one pod's networks."""
 
-    __slots__ = ("_bridge", "_conf", "_host", "_link", "_present")
+    __slots__ = ("_bridge", "_conf", "_forwarding", "_host", "_link", "_present")
 
     def __init__(self, host: Host, conf: BridgeConf, bridge: LinkState) -> None:
         """Raises CniError if the interface of the VLAN cannot be made."""
@@ -30,6 +30,7 @@ class Gateway:
         self._bridge = bridge
         self._link = ensure_vlan_link(host, conf, bridge) if conf.vlan else bridge
         self._present: dict[int, list[Cidr]] = {}
+        self._forwarding: set[int] = set()  # families for which it is known to be on
 
     @property
     def vlan_link(self) -> LinkState | None:
@@ -46,8 +47,9 @@ class Gateway:
             missing = [cidr for cidr in mine if cidr not in self._addresses(family)]
             for cidr in missing:
                 self._put(cidr, own_port)
-            if mine:
+            if mine and family not in self._forwarding:
                 ensure(self._host.sysctl(setting), "1", "enable forwarding")
+                self._forwarding.add(family)
 
     @property
     def _failed(self) -> str:

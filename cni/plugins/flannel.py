@@ -71,12 +71,13 @@ class Flannel:
     def add(self, request: Request) -> gojson.Object:
         """Attach, and return the result in the requested version; undone if it fails. Raises CniError."""
         conf = self._netconf(request, "failed to load flannel netconf file: ")
-        config = delegate_config(conf, subnetenv.load(self._host.files, conf.subnet_file))
+        env = subnetenv.read(self._host.files, conf.subnet_file)
+        config, data = self._host.known(_delegates, request.stdin, env, conf.subnet_file)
         self._find(request, config)
         with Scratch(self._host, conf.data_dir) as scratch:
             existed = scratch.load(request.container_id, request.ifname) is not None
             try:
-                used, printed = self._add(request, config, None if existed else scratch)
+                used, printed = self._add(request, config, data, None if existed else scratch)
                 made = _convert(printed, _version_of(used), conf.version or version.ABSENT)
             except CniError as exc:
                 if not existed:
@@ -149,20 +150,23 @@ class Flannel:
             raise CniError(INTERNAL, f"garbage collection is incomplete: {'; '.join(failures)}")
 
     def _add(
-        self, request: Request, config: gojson.Object, scratch: Scratch | None
+        self, request: Request, config: gojson.Object, data: bytes, scratch: Scratch | None
     ) -> tuple[gojson.Object, Made]:
-        """Run the delegate's ADD, saving its configuration first if `scratch` is given; (used, result)."""
+        """Run the delegate's ADD, saving its configuration first if `scratch` is given; (used, result).
 
-        def attempt(config: gojson.Object) -> tuple[gojson.Object, Made]:
-            data = _encode(config)
+        `data` is `config` as it is written.
+        """
+
+        def attempt(config: gojson.Object, data: bytes) -> tuple[gojson.Object, Made]:
             if scratch is not None:
                 scratch.save(request.container_id, request.ifname, data)
             return config, self._delegate(request, "ADD", config, data)
 
         try:
-            return attempt(config)
+            return attempt(config, data)
         except delegate.DelegateRefused as exc:
-            return attempt(self._lowered(request, config, exc))
+            lowered = self._lowered(request, config, exc)
+            return attempt(lowered, _encode(lowered))
 
     def _undo(self, request: Request, scratch: Scratch, failure: CniError) -> None:
         """Take back a failed ADD; if the delegate cannot, the scratch file stays for the runtime's DEL."""
@@ -187,10 +191,8 @@ class Flannel:
             self._host.note(text)
             config = self._rebuilt(conf)
             saved = _encode(config)
-        if conf.prev_result is not None and self._is_builtin(config):
-            saved = _encode({**config, "prevResult": conf.prev_result})
         try:
-            self._delegate(request, "DEL", config, saved)
+            self._delegate(request, "DEL", config, saved, conf.prev_result)
         except delegate.DelegateRefused as exc:
             lowered = self._lowered(request, config, exc)
             self._delegate(request, "DEL", lowered, _encode(lowered))
@@ -200,13 +202,12 @@ class Flannel:
 
         Best effort: what fails is noted, and the DEL succeeds as upstream's does.
         """
-        # With prevResult the bridge can tell the attachment's link from another.
-        if conf.prev_result is None and not (conf.store and self._holds_address(request, conf)):
-            return
-        attachment = f"{request.container_id} {request.ifname}"
-        self._host.note(
-            f"flannel: no scratch file of {attachment}, but a result or an address in {conf.store}"
-        )
+        # With prevResult the bridge can tell the attachment's link from another, if it is still there.
+        if conf.prev_result is None:
+            if not (conf.store and self._holds_address(request, conf)):
+                return
+            attachment = f"{request.container_id} {request.ifname}"
+            self._host.note(f"flannel: no scratch file of {attachment}, but an address in {conf.store}")
         try:
             self._detach(request, conf, _encode(self._rebuilt(conf)))
         except CniError as exc:
@@ -305,11 +306,22 @@ class Flannel:
             raise CniError(INVALID_CONFIG, text)
         return False
 
-    def _delegate(self, request: Request, command: str, config: gojson.Object, stdin: bytes) -> Made:
-        """Have the delegate that `config` names do `command`; its result, if any. Raises CniError."""
+    def _delegate(
+        self,
+        request: Request,
+        command: str,
+        config: gojson.Object,
+        stdin: bytes,
+        prev_result: gojson.Object | None = None,
+    ) -> Made:
+        """Have the delegate that `config` names do `command`; its result, if any. Raises CniError.
+
+        Our own is given a `prev_result` that is not in stdin.
+        """
         environment = {**request.environment, "CNI_COMMAND": command}
         if self._is_builtin(config):
-            return self._call_builtin(Request(environment, stdin))
+            made = Request(environment, stdin, lambda data: self._host.known(gojson.load_object, data))
+            return self._call_builtin(made if prev_result is None else made.having("prevResult", prev_result))
         kind, path = str(config["type"]), self._find(request, config, command)
         try:
             return delegate.execute(self._host, kind, path, environment, stdin)
@@ -336,7 +348,10 @@ class Flannel:
 
     def _netconf(self, request: Request, prefix: str = "") -> NetConf:
         try:
-            conf = NetConf(request.config)
+            if request.command == "ADD":
+                conf = self._host.known(_parsed, request.stdin)
+            else:  # each with another prevResult
+                conf = NetConf(request.config)
         except gojson.GoJsonError as exc:
             raise CniError(INTERNAL, f"{prefix}failed to load netconf: json: {exc}") from None
         if conf.delegate_mode not in (_AUTO, _BUILT_IN, _EXEC):
@@ -345,6 +360,16 @@ class Flannel:
             raise CniError(INVALID_CONFIG, text)
         self._mode = conf.delegate_mode
         return conf
+
+
+def _parsed(stdin: bytes) -> NetConf:
+    return NetConf(gojson.load_object(stdin))
+
+
+def _delegates(stdin: bytes, env: bytes, env_path: str) -> tuple[gojson.Object, bytes]:
+    """The delegate's netconf for an ADD, and how it is written. Raises CniError."""
+    config = delegate_config(_parsed(stdin), subnetenv.parsed(env, env_path))
+    return config, _encode(config)
 
 
 def _was_there(failure: CniError) -> bool:

@@ -21,11 +21,11 @@ import os
 
 from cni.errors import INTERNAL, NOT_AVAILABLE, CniError
 from cni.ipam.allocate import NothingFree, Refused, take_one
-from cni.ipam.config import IpamConfig, Place, address_text, count_sets, resolver
+from cni.ipam.config import ARGUMENTS, IpamConfig, Place, address_text, count_sets, resolver
 from cni.ipam.reclaim import RESULTS, Reclaimer
 from cni.ipam.store import Held, Store, StoreFault, attachment_of, bare_owner, owner_of
 from cni.plugins.about import about
-from cni.spec import gojson, result
+from cni.spec import args, gojson, result
 from cni.spec.address import Cidr, parse_cidr
 from cni.spec.netconf import NetConf
 
@@ -132,7 +132,8 @@ class HostLocal:
 
     def _config(self, request: Request) -> IpamConfig:
         if self._parsed is None or self._parsed[0] is not request:
-            self._parsed = request, _config(request)
+            cni_args = args.relevant(request.environment.get("CNI_ARGS", ""), ARGUMENTS)
+            self._parsed = request, self._host.known(_config, request.stdin, cni_args)
         return self._parsed[1]
 
     def undo(self, request: Request, made: gojson.Object) -> None:
@@ -165,7 +166,7 @@ class HostLocal:
 
     def check(self, request: Request) -> None:
         """Raise CniError 999 unless the attachment holds an address."""
-        place = _config(request).place
+        place = self._config(request).place
         owner = owner_of(request.container_id, request.ifname)
         try:
             with self._existing(place) as store, store.held() as held:
@@ -344,9 +345,9 @@ def _place(request: Request) -> Place:
         raise CniError(INTERNAL, f"json: {exc}") from None
 
 
-def _config(request: Request) -> IpamConfig:
+def _config(stdin: bytes, cni_args: str) -> IpamConfig:
     try:
-        return IpamConfig(request.config, request.environment.get("CNI_ARGS", ""))
+        return IpamConfig(gojson.load_object(stdin), cni_args)
     except gojson.GoJsonError as exc:
         raise CniError(INTERNAL, f"json: {exc}") from None
 

@@ -78,8 +78,19 @@ def remove(
     comments, which takes longer on a node of many pods. Raises KernelError (NftRefused) and CniError as
     `add`.
     """
-    _remove_from_tables(host, _identity(network, container_id, ifname), addresses)
-    xtables.remove_chains(host, "nat", [iptables_chain(network, container_id)], ["POSTROUTING"])
+    chain, identity = iptables_chain(network, container_id), _identity(network, container_id, ifname)
+    # Mostly there is nothing of all this, which one question settles.
+    queries = [nft.table_query(TABLE), nft.table_query(_UPSTREAM_TABLE)]
+    queries += xtables.chain_queries("nat", [chain])
+    try:
+        ours, upstreams, *chains = nft.present(host.netfilter, queries)
+        if ours:
+            nft.retry(lambda: _remove(host.netfilter, identity, addresses))
+        if upstreams:
+            nft.retry(lambda: _remove_upstream(host.netfilter, identity))
+    except ProtocolMissing:
+        chains = []  # a DEL has to succeed there as well
+    xtables.remove_chains(host, "nat", [chain], ["POSTROUTING"], may_be_native=any(chains))
 
 
 def check(
@@ -193,14 +204,6 @@ def _masquerade(network: Cidr) -> list[bytes]:
         *expr.in_network("daddr", network, expr.NEQ),
         expr.masquerade(),
     ]
-
-
-def _remove_from_tables(host: Host, identity: str, addresses: Sequence[Cidr] | None) -> None:
-    try:
-        nft.retry(lambda: _remove(host.netfilter, identity, addresses))
-        nft.retry(lambda: _remove_upstream(host.netfilter, identity))
-    except ProtocolMissing:
-        return  # a DEL has to succeed there as well
 
 
 def _remove(socket: NetlinkSocket, identity: str, addresses: Sequence[Cidr] | None) -> None:

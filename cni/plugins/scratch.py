@@ -84,17 +84,17 @@ class Scratch:
         own = f"{container_id}@{ifname}"
         try:
             directory = self._open()
-            names = directory.names()
-            for name in (own, _temporary(container_id, ifname), _temporary(own, ifname)):
-                if name in names:
-                    _unlink(directory, name)
-            others = [_read(directory, name) for name in _siblings(names, container_id) if name != own]
+            for name in (container_id, own):
+                _unlink(directory, _temporary(name, ifname))
+            if not _unlink(directory, own) and _read(directory, container_id) is None:
+                return
+            others = [_read(directory, name) for name in _siblings(directory.names(), container_id)]
             heirs = [data for data in others if data is not None]
-            if heirs and _read(directory, container_id) not in heirs:
+            if not heirs:
+                _unlink(directory, container_id)
+            elif _read(directory, container_id) not in heirs:
                 self._place(directory, container_id, ifname, heirs[0])
                 self._host.sync(directory.open(".", os.O_RDONLY | os.O_DIRECTORY))
-            elif not heirs and container_id in names:
-                _unlink(directory, container_id)
         except FileNotFoundError:
             return
         except OSError as exc:
@@ -180,11 +180,13 @@ def _write(descriptor: int, data: bytes) -> None:
         data = data[os.write(descriptor, data) :]
 
 
-def _unlink(directory: Directory, name: str) -> None:
+def _unlink(directory: Directory, name: str) -> bool:
+    """Remove a file; False if there is none."""
     try:
         directory.unlink(name)
     except FileNotFoundError:
-        return
+        return False
+    return True
 
 
 def reservations(files: Files, store: str) -> list[tuple[str, str]]:

@@ -40,13 +40,22 @@ class SubnetEnv:
 
 
 def load(files: Files, path: str) -> SubnetEnv:
-    """Read the file; raises CniError 11 (7 if `path` is empty): flanneld may not have written it yet."""
+    """Read and parse the file; raises CniError as `read` and `parsed`."""
+    return parsed(read(files, path), path)
+
+
+def read(files: Files, path: str) -> bytes:
+    """The file's bytes; raises CniError 11 (7 if `path` is empty): flanneld may not have written it yet."""
     if not path:
         raise CniError(INVALID_CONFIG, "subnetFile is empty, it must be the path of flanneld's subnet.env")
     try:
-        data = files.read(path, _LARGEST_FILE_BYTES)
+        return files.read(path, _LARGEST_FILE_BYTES)
     except OSError as exc:
         raise _refusal(f"open {path}: {(exc.strerror or str(exc)).lower()}") from None
+
+
+def parsed(data: bytes, path: str) -> SubnetEnv:
+    """What the bytes of the file say; raises CniError 11 if they are not all there yet, or wrong."""
     try:
         return parse(data.decode("utf-8", "replace"))
     except ValueError as exc:

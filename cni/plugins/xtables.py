@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cni.host import Host
+    from cni.net.nlmsg import Request
 
 _FAMILIES = {4: nft.IP, 6: nft.IP6}
 _PREFIXES = {4: "ip", 6: "ip6"}
@@ -31,6 +32,7 @@ _PREFIXES = {4: "ip", 6: "ip6"}
 _SBIN = ("/usr/sbin", "/sbin")
 _LOCK_WAIT_S = 10
 _LONGEST_QUOTE = 200
+_NAMES_BYTES = 4096  # there are five tables
 _IGNORED_BY_PYTHON = (13, 25)  # SIGPIPE, SIGXFSZ: what is ignored would stay ignored across exec
 _SOCK_DGRAM, _SOCK_CLOEXEC = 2, 0o2000000
 _LEGACY_SOCKETS = {
@@ -54,16 +56,21 @@ def restore(family: int, payload: str) -> None:
     _run([path, "--noflush", f"--wait={_LOCK_WAIT_S}"], payload)
 
 
-def remove_chains(host: Host, table: str, chains: Sequence[str], parents: Sequence[str]) -> bool:
+def remove_chains(
+    host: Host, table: str, chains: Sequence[str], parents: Sequence[str], *, may_be_native: bool = True
+) -> bool:
     """Delete chains of an iptables table, and the rules in `parents` that lead to them, of both families.
 
-    What is not there is passed over. True if there was any of it. Raises KernelError if a chain stays, as
-    when a rule of another chain leads to it, and CniError 999 if a legacy iptables is needed and fails.
+    What is not there is passed over; who has asked nf_tables for them already says so by `may_be_native`.
+    True if there was any of it. Raises KernelError if a chain stays, as when a rule of another chain leads to
+    it, and CniError 999 if a legacy iptables is needed and fails.
     """
-    try:
-        found = nft.retry(lambda: _remove_native(host, table, chains, parents))
-    except ProtocolMissing:
-        found = False
+    found = False
+    if may_be_native:
+        try:
+            found = nft.retry(lambda: _remove_native(host, table, chains, parents))
+        except ProtocolMissing:
+            found = False
     return _remove_legacy(host, table, chains, parents) or found
 
 
@@ -78,9 +85,18 @@ def is_reached(host: Host, family: int, table: str, chain: str, parent: str) -> 
 # --- by nf_tables
 
 
+def chain_queries(table: str, chains: Sequence[str]) -> list[Request]:
+    """What to ask `nft.present` for: each chain, of both families."""
+    return [nft.chain_query(*place) for place in _places(table, chains)]
+
+
+def _places(table: str, chains: Sequence[str]) -> list[tuple[nft.Table, str]]:
+    return [(nft.Table(family, table), chain) for family in _FAMILIES.values() for chain in chains]
+
+
 def _remove_native(host: Host, table: str, chains: Sequence[str], parents: Sequence[str]) -> bool:
-    places = [(nft.Table(family, table), chain) for family in _FAMILIES.values() for chain in chains]
-    there = nft.present(host.netfilter, [nft.chain_query(*place) for place in places])
+    places = _places(table, chains)
+    there = nft.present(host.netfilter, chain_queries(table, chains))
     doomed = [place for place, exists in zip(places, there, strict=True) if exists]
     _deletion(host, doomed, parents).commit(host.netfilter)
     return bool(doomed)
@@ -121,8 +137,12 @@ def _remove_legacy(host: Host, table: str, chains: Sequence[str], parents: Seque
 def _legacy_tables(prefix: str) -> list[str]:
     """The tables that exist in this network namespace; none where the kernel has no legacy iptables."""
     try:
-        with open(f"/proc/thread-self/net/{prefix}_tables_names", "rb") as file:
-            return file.read().decode().split()
+        # Python's own files take five system calls more.
+        file = os.open(f"/proc/thread-self/net/{prefix}_tables_names", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.read(file, _NAMES_BYTES).decode().split()
+        finally:
+            os.close(file)
     except OSError:
         return []
 

@@ -35,6 +35,14 @@ def load(text: str, known: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
+def relevant(text: str, known: tuple[str, ...]) -> str:
+    """`text` if it says something of `known`, or is wrong; else nothing, which says as much."""
+    try:
+        return text if load(text, known) else ""
+    except CniError:
+        return text
+
+
 def _boolean(key: str, text: str) -> bool:
     if text.lower() in _TRUE:
         return True

@@ -15,7 +15,6 @@ from _json import encode_basestring, make_scanner
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from typing import TypeVar
 
     T = TypeVar("T")
@@ -174,6 +173,12 @@ def member(record: Object, name: str) -> object:
     return found
 
 
+def having(record: Object, name: str, value: object) -> Object:
+    """A record with a member set, in the place of any of that name; the other members are shared."""
+    folded = _fold(name)
+    return _in_order([*((key, one) for key, one in record.items() if _fold(key) != folded), (name, value)])
+
+
 def has(record: Object, name: str) -> bool:
     """Whether the member was written at all, even as null."""
     folded = _fold(name)
@@ -261,33 +266,26 @@ def dumps(value: object, indent: str = "", sort: bool = True) -> str:
 
 
 def _write(value: object, indent: str, sort: bool, newline: str) -> str:
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "true" if value else "false"
-        case str():
-            return _string(value)
-        case int() | float():
-            return _number(value)
-        case dict():
-            names = sorted(value) if sort else list(value)
-            colon = ": " if indent else ":"
-            inner = newline + indent
-            return _bracket(
-                "{}",
-                (_string(k) + colon + _write(value[k], indent, sort, inner) for k in names),
-                indent,
-                newline,
-            )
-        case list() | tuple():
-            inner = newline + indent
-            return _bracket("[]", (_write(v, indent, sort, inner) for v in value), indent, newline)
-        case _:
-            raise TypeError(f"{type(value).__name__} has no JSON form")
-
-
-def _bracket(pair: str, items: Iterable[str], indent: str, newline: str) -> str:
-    inner = newline + indent
-    body = ("," + inner).join(items)
-    return pair if not body else pair[0] + inner + body + newline + pair[1]
+    if isinstance(value, str):
+        return _string(value)
+    if isinstance(value, dict):
+        if not value:
+            return "{}"
+        colon, inner = ": " if indent else ":", newline + indent
+        members = [
+            f"{_string(name)}{colon}{_write(value[name], indent, sort, inner)}"
+            for name in (sorted(value) if sort else value)
+        ]
+        return f"{{{inner}{f',{inner}'.join(members)}{newline}}}"
+    if isinstance(value, list | tuple):
+        if not value:
+            return "[]"
+        inner = newline + indent
+        return f"[{inner}{f',{inner}'.join([_write(one, indent, sort, inner) for one in value])}{newline}]"
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return _number(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")

@@ -10,7 +10,7 @@ from cni.spec import gojson, version
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 # (variable, commands that need it) in the order in which they are read and reported.
 _REQUIRED = (
@@ -25,14 +25,26 @@ _LONGEST_IFNAME_BYTES = 15  # the kernel's IFNAMSIZ less the final NUL
 
 
 class Request:
-    """A plugin call. `stdin` is not parsed before `config` is asked for."""
+    """A plugin call. stdin is not parsed, by `load`, before `config` is asked for, which nobody changes."""
 
-    __slots__ = ("_config", "environment", "stdin")
+    __slots__ = ("_config", "_load", "_stdin", "environment")
 
-    def __init__(self, environment: Mapping[str, str], stdin: bytes) -> None:
+    def __init__(
+        self,
+        environment: Mapping[str, str],
+        stdin: bytes,
+        load: Callable[[bytes], gojson.Object] = gojson.load_object,
+    ) -> None:
         self.environment = environment
-        self.stdin = stdin
+        self._stdin: bytes | None = stdin
+        self._load = load
         self._config: gojson.Object | None = None
+
+    @property
+    def stdin(self) -> bytes:
+        if self._stdin is None:
+            self._stdin = gojson.dumps(self.config).encode()
+        return self._stdin
 
     @property
     def command(self) -> str:
@@ -66,7 +78,7 @@ class Request:
     def config(self) -> gojson.Object:
         """stdin as a JSON object; raises gojson.GoJsonError."""
         if self._config is None:
-            self._config = gojson.load_object(self.stdin)
+            self._config = self._load(self.stdin)
         return self._config
 
     @property
@@ -85,7 +97,13 @@ class Request:
             "CNI_IFNAME": ifname,
             "CNI_NETNS": "",
         }
-        return Request({**self.environment, **changed}, self.stdin)
+        return Request({**self.environment, **changed}, self.stdin, self._load)
+
+    def having(self, name: str, value: object) -> Request:
+        """The same request with a member of its netconf set; raises gojson.GoJsonError."""
+        made = Request(self.environment, b"", self._load)
+        made._stdin, made._config = None, gojson.having(self.config, name, value)
+        return made
 
 
 def check_environment(environment: Mapping[str, str]) -> None:
