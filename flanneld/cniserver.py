@@ -149,7 +149,7 @@ class CniServer:
         return None
 
     def _serve(self, connection: socket.socket, sockets: Sockets) -> None:
-        """From greeting to reply; whatever the runtime need not wait for comes after that."""
+        """From request to reply; whatever the runtime need not wait for comes after that."""
         if not self._is_root(connection):
             return
         with Passed() as passed:
@@ -158,10 +158,10 @@ class CniServer:
             except (WireError, OSError) as exc:
                 metrics.cni_broken()
                 self._broken.warn("A request for the CNI plugin is refused: %s", exc)
-                send(connection, cniwire.declined())
+                send(connection, cniwire.HELLO + cniwire.declined())
                 return
-            if call is None:
-                return
+            if call is None or not send(connection, cniwire.HELLO):
+                return  # it has found another way meanwhile
             netns = call.environment.get("CNI_NETNS", "")
             with (
                 metrics.CNI_IN_FLIGHT.track_inprogress(),
@@ -186,14 +186,13 @@ class CniServer:
         deadline = time.monotonic() + _REQUEST_S
         with self._reading.of(connection):
             try:
-                connection.send(cniwire.HELLO, socket.MSG_DONTWAIT)
                 data = receive_head(connection, passed, deadline)
                 if not data:
                     return None
                 header = Header(data)
                 passed.name(header.descriptors, self._own_identity)
                 receive_rest(connection, data, header.total_bytes, deadline)
-            except (BrokenPipeError, ConnectionResetError):
+            except ConnectionResetError:
                 return None  # it has found another way meanwhile
             except (BlockingIOError, TimeoutError):
                 raise WireError("it did not arrive in time") from None

@@ -1,6 +1,6 @@
 /* The CNI plugin as a runtime executes it: hands the call to flanneld (the protocol: flanneld/cniwire.py) and
  * prints what comes back. What flanneld did not take, flannel-lib/flannel beside this does: the cold path.
- * flanneld does nothing until it has the whole request, so that up to then the cold path is safe. */
+ * flanneld does nothing until it has the whole request and has said hello, so that up to then that is safe. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -23,13 +23,13 @@
 enum { CONNECT_MS = 2000, HELLO_MS = 5000, ANSWER_MS = 60000, LONGEST_MS = 24 * 3600 * 1000 };
 /* A request behind its header; of stdin, more than the cold path takes; one send; a text of a reply. */
 enum { BODY_BYTES = 4 << 20, STDIN_BYTES = 17 << 20, CHUNK_BYTES = 1 << 15, TEXT_BYTES = 64 << 20 };
-enum { NSFS = 0x6e736673, PROCFS = 0x9fa0, DECLINED = 1, NETLINK_ROUTE = 0 };
+enum { NSFS = 0x6e736673, PROCFS = 0x9fa0, DECLINED = 1, NETLINK_ROUTE = 0, VERSION = 2 };
 /* By bit of fd_mask. What /proc/sys/net leads to depends on who looks, what is below ipv4 and ipv6 not. */
 enum { OWN, ROOT, NETNS, ROUTE, IPV4, IPV6, DESCRIPTORS };
 
 static struct {
 	struct { char magic[4]; uint32_t fd_mask; int32_t netns_error; /* -1: a file that is no namespace */
-		 uint32_t name_len, env_len, stdin_len, deadline_ms, zero; } head;
+		 uint32_t name_len, env_len, stdin_len, deadline_ms, version; } head;
 	char body[BODY_BYTES + STDIN_BYTES];
 } request;
 static size_t body_len;
@@ -47,8 +47,7 @@ static int64_t now_ms(void) {
 static int limit(int fd, int option) {
 	int64_t left = deadline_ms - now_ms();
 	struct timeval time = {.tv_sec = left / 1000, .tv_usec = left % 1000 * 1000};
-	errno = EAGAIN;
-	return left > 0 && setsockopt(fd, SOL_SOCKET, option, &time, sizeof time) == 0;
+	return left > 0 ? setsockopt(fd, SOL_SOCKET, option, &time, sizeof time) == 0 : (errno = EAGAIN, 0);
 }
 
 /* Wait if it would have blocked; 0 if it failed for another reason. */
@@ -201,13 +200,17 @@ static int ask(int fd) {
 	struct { char magic[4]; uint16_t version, zero; } hello;
 	struct { char magic[4]; uint32_t kind, exit_code, stdout_len, stderr_len; } reply;
 	deadline_ms = now_ms() + (timeout_ms < HELLO_MS ? timeout_ms : HELLO_MS);
-	if (!receive(fd, &hello, sizeof hello))
-		return reason = errno == EAGAIN ? "it does not say hello" : strerror(errno), 0;
-	if (memcmp(hello.magic, "FCNI", 4) || hello.version != 1)
-		return reason = "it speaks another protocol", 0;
-	deadline_ms = now_ms() + timeout_ms;
 	if (!submit(fd))
 		return reason = strerror(errno), 0;
+	if (!receive(fd, &hello, sizeof hello)) {
+		reason = errno == EAGAIN ? "it does not say hello" : strerror(errno);
+		/* From here on it cannot say so, and begins nothing then; unless it just has. */
+		return shutdown(fd, SHUT_RDWR) == 0 && recv(fd, &hello, sizeof hello, MSG_DONTWAIT) > 0
+			? (fail("flanneld at %.200s said hello too late", socket_path), 0) : 0;
+	}
+	if (memcmp(hello.magic, "FCNI", 4) || hello.version != VERSION)
+		return reason = "it speaks another protocol", 0;
+	deadline_ms = now_ms() + timeout_ms;
 	int good = receive(fd, &reply, sizeof reply);
 	if (good && (memcmp(reply.magic, "FCNI", 4) || reply.kind > DECLINED || reply.exit_code > 255 ||
 		     reply.stdout_len > TEXT_BYTES || reply.stderr_len > TEXT_BYTES))
@@ -221,8 +224,7 @@ static int ask(int fd) {
 		fail("flanneld at %.200s did not answer within %d ms", socket_path, timeout_ms);
 	if (!good)
 		return reason = strerror(errno), 1;
-	signal(SIGPIPE, SIG_IGN);
-	output(2, texts + reply.stdout_len, reply.stderr_len);
+	signal(SIGPIPE, SIG_IGN), output(2, texts + reply.stdout_len, reply.stderr_len);
 	_exit(output(1, texts, reply.stdout_len) || reply.exit_code ? (int)reply.exit_code : 1);
 }
 
@@ -230,19 +232,18 @@ int main(void) {
 	char *rest, *name = program_invocation_short_name, *netns = getenv("CNI_NETNS");
 	long ms = strtol(getenv("FLANNEL_CNI_TIMEOUT_MS") ?: "", &rest, 10);
 	timeout_ms = ms > 0 && ms <= LONGEST_MS && *rest == 0 ? (int)ms : ANSWER_MS;
-	command = getenv("CNI_COMMAND") ?: "";
+	command = getenv("CNI_COMMAND") ?: "", name = *name ? name : "flannel";
 	socket_path = getenv("FLANNEL_CNI_SOCKET") ?: "/run/flannel/cni.sock";
-	name = *name ? name : "flannel";
 	/* A closed stdin, stdout or stderr must not lend its number to what is opened here. */
 	while ((descriptors[OWN] = open("/proc/self/ns/net", O_RDONLY)) >= 0 && descriptors[OWN] <= 2 &&
 	       close(descriptors[OWN]) == 0 && open("/dev/null", O_RDWR) >= 0)
 		continue;
 	if (descriptors[OWN] <= 2 || (descriptors[ROOT] = open("/", O_PATH | O_DIRECTORY)) < 0)
 		fail("cannot open /dev/null, / and /proc/self/ns/net: %s", strerror(errno));
-	int fd = isatty(0) ? -1 : dial();
 	memcpy(request.head.magic, "FCNI", 4);
 	request.head.netns_error = netns && *netns ? open_netns(netns) : 0;
-	request.head.deadline_ms = (uint32_t)timeout_ms;
+	request.head.deadline_ms = (uint32_t)timeout_ms, request.head.version = VERSION;
+	int fd = isatty(0) ? -1 : dial(); /* last, as flanneld wakes up and waits for the rest */
 	/* Of what may have been done, only an ADD must not be done again. */
 	cold(name, fd >= 0 && collect(name) && ask(fd) && strcmp(command, "ADD") == 0);
 }

@@ -30,7 +30,7 @@ from cni.plugins.portmaptable import port_table
 from cni.spec.request import Request, check_environment
 from tests.fuzz.cni_inputs import BASE, PODS, Step, clear
 from tests.fuzz.shim_rig import BITS
-from tests.netns.cniserver_fixtures import HEADER, MAGIC, Connection
+from tests.netns.cniserver_fixtures import HEADER, HELLO, MAGIC, VERSION, Connection
 
 SOCKET = "/run/cni.sock"
 TIMEOUT_S = 20
@@ -197,11 +197,11 @@ class World:
         variables = b"".join(os.fsencode(f"{key}={value}") + b"\0" for key, value in given.items())
         texts = step.plugin.encode(), variables, stdin
         mask = (1 << len(descriptors)) - 1
-        head = HEADER.pack(MAGIC, mask, error, *map(len, texts), TIMEOUT_S * 1000, 0)
+        head = HEADER.pack(MAGIC, mask, error, *map(len, texts), TIMEOUT_S * 1000, VERSION)
         try:
             with Connection(Path(SOCKET)) as connection:
-                assert connection.hello() == b"FCNI\1\0\0\0"
                 connection.send(b"".join((head, *texts)), descriptors)
+                assert connection.hello() == HELLO
                 reply = connection.reply(to_the_end=False)
         finally:
             for number in opened:

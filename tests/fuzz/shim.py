@@ -46,17 +46,19 @@ class Script:
         self.reads_all = rng.random() < 0.9
         self.hangs = rng.random() < 0.003
         self.piecewise = rng.random() < 0.2
-        self.served = False  # the request came as a whole
+        self.served = False  # the request came as a whole, and was taken
 
     def __call__(self, connection: socket.socket) -> None:
         try:
-            self._send(connection, self.hello)
             if not self.reads_all:
                 connection.recv(20)
-            elif len(self.hello) >= len(rig.HELLO):
+            else:
                 rig.receive(connection).close()
-                self.served = True
-                self._send(connection, self.reply)
+                # The last two bytes of the hello say nothing.
+                self.served = len(self.hello) >= len(rig.HELLO) and self.hello.startswith(rig.HELLO[:6])
+                self._send(connection, self.hello)
+                if self.served:
+                    self._send(connection, self.reply)
             if self.hangs:
                 connection.settimeout(_TIMEOUT_MS / 1000 * 20)
                 while connection.recv(1 << 16):

@@ -24,7 +24,8 @@ SOURCE = ROOT / "cni" / "shim" / "shim.c"
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
 RELEASE = (*WARNINGS, "-O2", "-static")
 
-HELLO = struct.pack("=4sHH", b"FCNI", 1, 0)
+VERSION = 2
+HELLO = struct.pack("=4sHH", b"FCNI", VERSION, 0)
 BITS = ("own", "root", "netns", "route", "ipv4", "ipv6")
 LARGEST = 4 << 20
 _HEADER = struct.Struct("=4sIiIIIII")
@@ -116,8 +117,8 @@ def receive(connection: socket.socket, chunk: int = 1 << 16, pause: Callable[[],
         if len(data) == _HEADER.size:
             size += sum(_HEADER.unpack(data)[3:6])
         pause()
-    magic, mask, netns_error, name_len, env_len, _stdin_len, deadline_ms, zero = _HEADER.unpack_from(data)
-    assert magic == b"FCNI" and zero == 0
+    magic, mask, netns_error, name_len, env_len, _stdin_len, deadline_ms, version = _HEADER.unpack_from(data)
+    assert magic == b"FCNI" and version == VERSION
     names = [name for bit, name in enumerate(BITS) if mask >> bit & 1]
     assert mask < 1 << len(BITS) and len(names) == len(descriptors)
     body = data[_HEADER.size :]
@@ -194,7 +195,7 @@ class Daemon:
 
 
 def gone(connection: socket.socket) -> bool:
-    """Wait until the shim goes, or sends something; whether it went."""
+    """Wait until the shim goes, or sends something that is no part of the request; whether it went."""
     try:
         sent = connection.recv(1)
     except ConnectionResetError:  # it went without reading what we had sent
@@ -214,8 +215,8 @@ def answering(
     """A daemon that keeps to the protocol. Each request goes to `requests`, with its descriptors if asked."""
 
     def serve(connection: socket.socket) -> None:
-        connection.sendall(HELLO)
         request = receive(connection)
+        connection.sendall(HELLO)
         try:
             connection.sendall(answer if isinstance(answer, bytes) else answer(request))
         except BrokenPipeError:

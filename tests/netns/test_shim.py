@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -235,11 +236,11 @@ def test_the_daemon_may_read_slowly(node: Node) -> None:
 
     def serve(connection: socket.socket) -> None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        for byte in HELLO:
-            connection.sendall(bytes([byte]))
         request = rig.receive(connection, 3001, lambda: time.sleep(0.0005))
         request.close()
         seen.append(request.stdin)
+        for byte in HELLO:
+            connection.sendall(bytes([byte]))
         for byte in rig.reply(b"out", b"err", 3):
             connection.sendall(bytes([byte]))
 
@@ -366,10 +367,8 @@ def test_closed_standard_streams_lend_their_numbers_to_nothing(
 
 def hello_and_nothing(connection: socket.socket) -> None:
     """Greet, and see the shim go without a byte."""
-    try:
+    with suppress(BrokenPipeError):
         connection.sendall(HELLO)
-    except BrokenPipeError:
-        return  # it did not even wait for that
     assert rig.gone(connection)
 
 
@@ -471,31 +470,38 @@ def test_a_listener_that_is_not_root_gets_nothing(node: Node, pod: Namespace, tm
         HELLO[:7],
         b"XCNI" + HELLO[4:],
         struct.pack("=4sHH", b"FCNI", 0, 0),
-        struct.pack("=4sHH", b"FCNI", 2, 0),
-        struct.pack("=4sHH", b"FCNI", 256, 0),
+        struct.pack("=4sHH", b"FCNI", 1, 0),
+        struct.pack("=4sHH", b"FCNI", 3, 0),
+        struct.pack("=4sHH", b"FCNI", 512, 0),
     ],
 )
-def test_a_daemon_that_does_not_greet_as_agreed_gets_nothing(node: Node, greeting: bytes) -> None:
-    received: list[bytes] = []
+@pytest.mark.parametrize("early", [False, True])
+def test_a_daemon_that_does_not_greet_as_agreed_is_left(node: Node, greeting: bytes, early: bool) -> None:
+    """Early is how version 1 did it."""
 
     def serve(connection: socket.socket) -> None:
-        connection.sendall(greeting)
+        if early:
+            connection.sendall(greeting)
+        rig.receive(connection).close()
+        if not early:
+            connection.sendall(greeting)
         connection.shutdown(socket.SHUT_WR)
-        received.append(connection.recv(100))
+        assert rig.gone(connection)
 
     with node.serve(serve):
         outcome = node.call()
     assert outcome.report["stdin"] == "{}" and not outcome.undo
-    assert received == [b""]
 
 
 def test_a_daemon_that_hangs_before_it_greets_is_left(node: Node) -> None:
     """... and so is one that greets byte by byte: the wait is for the whole."""
 
     def hang(connection: socket.socket) -> None:
+        rig.receive(connection).close()
         assert rig.gone(connection)
 
     def drip(connection: socket.socket) -> None:
+        rig.receive(connection).close()
         for byte in HELLO[:3]:
             connection.sendall(bytes([byte]))
             time.sleep(0.08)
@@ -507,6 +513,35 @@ def test_a_daemon_that_hangs_before_it_greets_is_left(node: Node) -> None:
             outcome = node.call(FLANNEL_CNI_TIMEOUT_MS="300")
             spent = time.monotonic() - started
         assert not outcome.undo and 0.3 <= spent < 2
+
+
+def test_who_is_left_can_no_longer_say_hello(node: Node) -> None:
+    said = threading.Event()
+
+    def serve(connection: socket.socket) -> None:
+        rig.receive(connection).close()
+        assert rig.gone(connection)
+        with pytest.raises(BrokenPipeError):
+            connection.sendall(HELLO)
+        said.set()
+
+    with node.serve(serve):
+        assert not node.call(FLANNEL_CNI_TIMEOUT_MS="200").undo
+    assert said.is_set()
+
+
+def test_a_hello_in_the_last_moment_counts(node: Node) -> None:
+    """The daemon has begun then: the shim neither waits for it any longer nor does it itself."""
+
+    def serve(connection: socket.socket) -> None:
+        rig.receive(connection).close()
+        time.sleep(0.5)  # the shim, which strace holds up, has given up waiting by now
+        connection.sendall(HELLO)
+
+    strace = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "inject=shutdown:delay_enter=1000000"]
+    with node.serve(serve):
+        outcome = call([*strace, node.shim], node.environment(FLANNEL_CNI_TIMEOUT_MS="200"))
+    assert outcome.error == f"flanneld at {node.socket} said hello too late"
 
 
 def test_a_full_backlog_is_waited_for_and_left(node: Node) -> None:
@@ -546,8 +581,8 @@ def broken(after: Callable[[socket.socket], object]) -> Callable[[socket.socket]
     """A daemon that takes the whole request, and then does `after`."""
 
     def serve(connection: socket.socket) -> None:
-        connection.sendall(HELLO)
         rig.receive(connection).close()
+        connection.sendall(HELLO)
         after(connection)
 
     return serve
@@ -739,7 +774,7 @@ def test_valgrind_finds_nothing(debug_node: Node, pod: Namespace, tmp_path: Path
         "answer": answering(rig.reply(RESULT, b"err")),
         "long answer": answering(rig.reply(b"x" * 200_000, b"err")),
         "declined": answering(DECLINED),
-        "old daemon": lambda connection: connection.sendall(struct.pack("=4sHH", b"FCNI", 0, 0)),
+        "old daemon": lambda connection: connection.sendall(struct.pack("=4sHH", b"FCNI", 1, 0)),
         "late": broken(rig.gone),
         "long stdin": hello_and_nothing,
         **{name: broken(after) for name, after in BREAKS.items()},

@@ -28,11 +28,11 @@ def request(
     error: int = 0,
 ) -> bytes:
     texts = (name, environment, stdin)
-    return LAYOUT.pack(b"FCNI", mask, error, *map(len, texts), 60000, 0) + b"".join(texts)
+    return LAYOUT.pack(b"FCNI", mask, error, *map(len, texts), 60000, 2) + b"".join(texts)
 
 
 def test_the_greeting() -> None:
-    assert struct.unpack("=4sHH", cniwire.HELLO) == (b"FCNI", 1, 0)
+    assert struct.unpack("=4sHH", cniwire.HELLO) == (b"FCNI", 2, 0)
 
 
 def test_a_request_is_read() -> None:
@@ -78,11 +78,12 @@ def test_masks_that_make_no_sense(mask: int) -> None:
     ("data", "why"),
     [
         (b"FCNX" + request()[4:], "does not begin as a request"),
-        (request()[:28] + b"\1\0\0\0", "does not begin as a request"),
+        (request()[:28] + struct.pack("=I", 0), "is of version 0 of the protocol, not 2"),
+        (request()[:28] + struct.pack("=I", 3), "is of version 3 of the protocol, not 2"),
         (request(error=2), "error for the namespace is 2"),
         (request(mask=BASE, error=-2), "error for the namespace is -2"),
-        (LAYOUT.pack(b"FCNI", BASE, 0, 1 << 22, 0, 1, 0, 0), "announces 4194305 bytes, more than 4194304"),
-        (LAYOUT.pack(b"FCNI", BASE, 0, *[2**32 - 1] * 3, 0, 0), "announces 12884901885 bytes"),
+        (LAYOUT.pack(b"FCNI", BASE, 0, 1 << 22, 0, 1, 0, 2), "announces 4194305 bytes, more than 4194304"),
+        (LAYOUT.pack(b"FCNI", BASE, 0, *[2**32 - 1] * 3, 0, 2), "announces 12884901885 bytes"),
     ],
 )
 def test_headers_that_are_refused(data: bytes, why: str) -> None:
@@ -91,7 +92,7 @@ def test_headers_that_are_refused(data: bytes, why: str) -> None:
 
 
 def test_the_largest_request() -> None:
-    assert Header(LAYOUT.pack(b"FCNI", BASE, 0, 0, 0, 1 << 22, 0, 0)).total_bytes == (1 << 22) + 32
+    assert Header(LAYOUT.pack(b"FCNI", BASE, 0, 0, 0, 1 << 22, 0, 2)).total_bytes == (1 << 22) + 32
 
 
 @pytest.mark.parametrize(
