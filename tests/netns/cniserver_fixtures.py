@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import errno
+import fcntl
 import functools
 import json
 import os
@@ -16,7 +17,7 @@ import socket
 import struct
 import subprocess
 import sys
-import threading
+import termios
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -175,10 +176,10 @@ def program(argv: Sequence[str]) -> int:
         return daemon.run(argv, os.environ)
     cniserver._REQUEST_S = REQUEST_S
     log.setup(2)
-    ended = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: ended.set())
+    # Not a handler: the kernel may give the signal to another thread, and Python's main thread sleeps on.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     server = cniserver.CniServer(argv[0], find)
-    ended.wait()
+    signal.sigwait({signal.SIGTERM})
     server.close()
     return 0
 
@@ -290,6 +291,10 @@ class Connection:
         sent = self.socket.sendmsg([data], rights if descriptors else [])
         if sent < len(data):
             self.socket.sendall(data[sent:])
+
+    def unread(self) -> int:
+        """How many bytes of what was sent the other end has not taken yet (SIOCOUTQ, unix(7))."""
+        return int.from_bytes(fcntl.ioctl(self.socket, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
 
     def reply(self, to_the_end: bool = True) -> Reply | None:
         """None if the connection ends without one. The shim does not wait for the end of the connection."""
