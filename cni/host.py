@@ -74,6 +74,9 @@ if TYPE_CHECKING:
         def report(self) -> Report | None:
             """Takes how full the ranges of host-local are, for whoever counts."""
 
+        def afterwards(self, step: Callable[[], object]) -> None:
+            """Do what the runtime need not wait for; that it fails is noted."""
+
         def known(self, make: Callable[..., T], *arguments: bytes | str) -> T:
             """`make(*arguments)` of a pure function, perhaps from an earlier call: not to be changed."""
 

@@ -104,6 +104,12 @@ class LocalHost:
         self._netfilter: NetlinkSocket | None = None
         self._netns: tuple[str, Netns] | None = None
 
+    def afterwards(self, step: Callable[[], object]) -> None:
+        try:
+            step()
+        except (CniError, KernelError) as exc:
+            self._note(str(exc))
+
     def known(self, make: Callable[..., T], *arguments: bytes | str) -> T:
         return make(*arguments)
 

@@ -21,7 +21,7 @@ from threading import BoundedSemaphore
 from types import TracebackType
 from typing import Self, TypeVar
 
-from cni.errors import Declined, KernelError
+from cni.errors import Declined, KernelError, NetworkError
 from cni.host import Netns, Sysctl
 from cni.ipam.index import Indexes
 from cni.local import netns_error
@@ -278,7 +278,10 @@ class WarmHost:
         if self._netns is not None:
             self._netns.route.close()
         for each in self._later:
-            each()
+            try:
+                each()
+            except NetworkError as exc:
+                logger.warning("After a CNI call: %s", exc)
 
     @property
     def route(self) -> NetlinkSocket:
@@ -326,6 +329,9 @@ class WarmHost:
 
     def sync(self, descriptor: int) -> None:
         self._unsynced.append(descriptor)
+
+    def afterwards(self, step: Callable[[], object]) -> None:
+        self._later.append(step)
 
     def known(self, make: Callable[..., T], *arguments: bytes | str) -> T:
         return self._shared.memo.known(make, *arguments)

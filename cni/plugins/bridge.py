@@ -83,7 +83,8 @@ class Bridge:
             _try(failures, lambda: macspoof.remove(self._host, request.container_id, request.ifname))
         if conf.ipam_type:
             _try(failures, lambda: self._stop_masquerading(request, conf, addresses))
-        _try(failures, lambda: self._forget_neighbours(conf, addresses))
+        # The kernel has let go of its lock for links by then.
+        self._host.afterwards(lambda: self._forget_neighbours(conf, addresses))
         if failures:
             raise failures[0]
 

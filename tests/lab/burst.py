@@ -221,7 +221,7 @@ def go_plugins(
 class Member:
     """A pod of a crowd; `result` is what a runtime caches, the stdout of its last plugin's ADD.
 
-    It outlives the DEL, as a runtime may call DEL again; `attached` tells how things are.
+    It outlives the DEL, which may have to be called again; `attached` tells how things are.
     """
 
     number: int
@@ -370,7 +370,12 @@ class Crowd:
         return Step(str(path), environment, text)
 
     def delete_without_netns(self, members: Sequence[Member]) -> Outcomes:
-        """DEL with an empty CNI_NETNS of the network plugin, as kubelet has it done once more."""
+        """DEL with an empty CNI_NETNS of the network plugin, as kubelet has it done once more.
+
+        Without prevResult: libcni forgets the result with the first DEL that succeeds.
+        """
+        for member in members:
+            member.result = ""
         steps = [
             self._step("DEL", member, self.plugins.network, self.plugins.config, netns="")
             for member in members
