@@ -5,14 +5,18 @@
     dist/cni-bin/optional/*           the other names that the same executable answers to
 
 Each folder is complete: copied anywhere it runs without Python on the machine. The executables keep
-their libraries in one folder beside them, so that they start without unpacking anything.
+their modules and libraries in one folder beside them, so that they start without unpacking anything.
+
+PyInstaller finds what belongs into the folder. With a C compiler the executables are `starter.c`, not its own.
 """
 
 from __future__ import annotations
 
+import py_compile
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 PACKAGING = Path(__file__).resolve().parent
@@ -21,7 +25,12 @@ BUILD = ROOT / "build"
 DIST = ROOT / "dist"
 PLUGINS = DIST / "cni-bin"
 OPTIONAL = ("bridge", "host-local", "portmap", "loopback")
-COMPILE = ("-static", "-O2", "-Wall", "-Wextra", "-Werror", "-s")
+PROGRAMS = ("flanneld", "flannelctl", "virt-launcher")
+WARNINGS = ("-Wall", "-Wextra", "-Werror")
+COMPILE = ("-static", "-O2", *WARNINGS, "-s")
+# Libraries, and what they need in turn, are looked for beside the program.
+STARTER = ("-no-pie", "-O2", *WARNINGS, "-rdynamic", "-s", "-Wl,--disable-new-dtags")
+STARTER_LIBRARIES = "-Wl,-rpath,$ORIGIN/flannel-lib:$ORIGIN"
 # Most of the shim's time is the start of a process. With musl that takes a quarter of a millisecond less:
 # glibc asks the processor dozens of questions (CPUID) first, which a virtual machine takes to its host.
 COMPILERS = ("musl-gcc", "cc")
@@ -58,10 +67,43 @@ def compile_shim() -> None:
         print("no C compiler (Debian package musl-tools): no shim, each call starts the frozen plugin")
         target.symlink_to("flannel-lib/flannel")
         return
-    command = [compiler, *COMPILE, "-o", str(target), str(ROOT / "cni" / "shim" / "shim.c")]
+    _compile(compiler, *COMPILE, "-o", str(target), str(ROOT / "cni" / "shim" / "shim.c"))
+
+
+def _compile(*command: str) -> None:
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
-        sys.exit(f"{done.stdout}error: compiling the shim failed with status {done.returncode}")
+        sys.exit(f"{done.stdout}error: {' '.join(command)} failed with status {done.returncode}")
+
+
+def compile_starter() -> Path | None:
+    """`starter.c` with Python inside; None, and PyInstaller's own starters stay, where that cannot be had.
+
+    Raises SystemExit with the compiler's own words when it fails.
+    """
+    compiler, setting = shutil.which("cc"), sysconfig.get_config_vars()
+    python = Path(setting["LIBPL"], setting["LIBRARY"])
+    if compiler is None or not python.exists():
+        print("no C compiler or no Python to link (Debian packages gcc, python3-dev): programs run slower")
+        return None
+    target = BUILD / "starter"
+    version = f'-DPYTHON_VERSION="{setting["py_version_short"]}"'
+    libraries = [word for name in ("LIBS", "SYSLIBS", "MODLIBS") for word in setting[name].split()]
+    sources = [f"-isystem{setting['INCLUDEPY']}", version, str(PACKAGING / "starter.c"), str(python)]
+    _compile(compiler, *STARTER, *sources, STARTER_LIBRARIES, *libraries, "-o", str(target))
+    return target
+
+
+def install_starter(starter: Path, programs: list[Path], folder: Path) -> None:
+    """Put it in the place of the executables, whose modules are in `folder`."""
+    for program in programs:
+        program.unlink()
+        shutil.copy2(starter, program)
+        entry = f"entry_{program.name.replace('-', '_')}"
+        source, compiled = PACKAGING / f"{entry}.py", folder / f"{entry}.pyc"
+        py_compile.compile(str(source), cfile=str(compiled), dfile=source.name, doraise=True)
+    for library in folder.glob("libpython*"):
+        library.unlink()
 
 
 def link_names() -> None:
@@ -79,6 +121,12 @@ def main() -> None:
     compile_shim()
     link_names()
     freeze("flanneld", "bin")
+    starter = compile_starter()
+    if starter is not None:
+        plugins = PLUGINS / "flannel-lib"
+        install_starter(starter, [plugins / "flannel"], plugins)
+        programs = DIST / "bin"
+        install_starter(starter, [programs / name for name in PROGRAMS], programs / "flannel-lib")
 
 
 if __name__ == "__main__":
