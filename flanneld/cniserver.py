@@ -6,6 +6,8 @@ the plugin carries it out in its own process.
 
 Decision: threads that block in accept(2), no event loop. The kernel wakes one for each call, so that nothing
 stands between a call and the thread that serves it; and netlink answers within the system call that asks.
+A few do, as one at a time runs Python, and more would only take turns. There are more of them when all have
+been waiting for something: another process's lock on a store, or a client that sends nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from threading import Event, Lock, Thread
+from threading import Event, Lock, Thread, current_thread
 from typing import TYPE_CHECKING
 
 from cni.errors import INTERNAL, ConfigError, Declined
@@ -43,7 +45,8 @@ if TYPE_CHECKING:
 
     Find = Callable[[str], Callable[[Host], Plugin] | None]
 
-_WORKERS = 16
+_FEW_WORKERS, _MOST_WORKERS = 4, 16
+_STUCK_S = 0.01  # a call takes 2 ms
 _REQUEST_S, _STOP_S = 10.0, 10.0
 _SELDOM_S = 60.0
 _PAUSE_S = 0.1  # after accept(2) failed, for want of descriptors
@@ -104,11 +107,14 @@ class CniServer:
         self._stopping = Event()
         self._reading = Reading()
         self._refused, self._broken, self._failing = Seldom(), Seldom(), Seldom()
-        self._workers = [
-            Thread(target=self._work, name=f"cni-{number}", daemon=True) for number in range(_WORKERS)
-        ]
-        for worker in self._workers:
-            worker.start()
+        self._mutex = Lock()
+        self._workers: set[Thread] = set()
+        self._idle = self._accepted = 0
+        self._all_busy = Event()
+        for _ in range(_FEW_WORKERS):
+            self._hire()
+        self._foreman = Thread(target=self._oversee, name="cni-foreman", daemon=True)
+        self._foreman.start()
         logger.info("Serving CNI calls at %s", path)
 
     def close(self) -> None:
@@ -117,9 +123,12 @@ class CniServer:
         self._stopping.set()
         self._place.close()
         self._reading.stop()
-        for worker in self._workers:
+        self._all_busy.set()
+        self._foreman.join()
+        workers = list(self._workers)
+        for worker in workers:
             worker.join(max(0.0, deadline - time.monotonic()))
-        left = sum(worker.is_alive() for worker in self._workers)
+        left = sum(worker.is_alive() for worker in workers)
         if left:
             logger.warning(
                 "%d CNI calls are not done after %.0f s; the plugin will see to them", left, _STOP_S
@@ -128,14 +137,46 @@ class CniServer:
         self._shared.close()
         os.close(self._own_netns)
 
+    def _hire(self) -> None:
+        """Start another thread."""
+        worker = Thread(target=self._work, name="cni", daemon=True)
+        with self._mutex:
+            self._workers.add(worker)
+            self._idle += 1
+        worker.start()
+
+    def _oversee(self) -> None:
+        """Start more threads while all are busy and none gets done."""
+        while not self._stopping.is_set():
+            self._all_busy.wait()
+            before = self._accepted
+            self._stopping.wait(_STUCK_S)
+            with self._mutex:
+                if self._idle:
+                    self._all_busy.clear()
+                    continue
+                is_stuck = self._accepted == before and len(self._workers) < _MOST_WORKERS
+            if is_stuck and not self._stopping.is_set():
+                self._hire()
+
     def _work(self) -> None:
         with Sockets() as sockets:
             while (connection := self._accept()) is not None:
+                with self._mutex:
+                    self._accepted += 1
+                    self._idle -= 1
+                    if not self._idle:
+                        self._all_busy.set()
                 with connection, self._precedence.call():
                     try:
                         self._serve(connection, sockets)
                     except Exception:  # noqa: BLE001 - our bug must cost one call, not the thread
                         logger.exception("A CNI call failed in the daemon itself")
+                with self._mutex:
+                    if len(self._workers) > _FEW_WORKERS and not self._stopping.is_set():
+                        self._workers.remove(current_thread())
+                        return
+                    self._idle += 1
 
     def _accept(self) -> socket.socket | None:
         """The next connection, None at the end."""

@@ -7,7 +7,7 @@
 Each folder is complete: copied anywhere it runs without Python on the machine. The executables keep
 their modules and libraries in one folder beside them, so that they start without unpacking anything.
 
-PyInstaller finds what belongs into the folder. With a C compiler the executables are `starter.c`, not its own.
+PyInstaller finds what belongs into the folder. With a C compiler the executables are our own, `starter.c`.
 """
 
 from __future__ import annotations
