@@ -54,8 +54,8 @@ _PAUSE_S = 0.1  # after accept(2) failed, for want of descriptors
 # Python's own 5 ms are how long a thread that computes may keep another from going on. A call does some
 # eighty system calls, after each of which it would wait that long while thousands of peers are programmed.
 _SWITCH_S = 0.00005
-# Likewise a collection of all garbage, which with 5,000 leases stops everything for 6 ms: a hundred times more
-# seldom than Python's own (the third number, 10).
+# Likewise a collection of all garbage, which with 5,000 leases stops everything for 6 ms: a hundred times
+# more seldom than Python's own (the third number, 10).
 _COLLECT_AFTER = 700, 10, 1000
 # glibc gives each thread that finds its memory in use by another an arena of its own, 8 for each processor in
 # all, and none is ever given back. One thread at a time runs Python: two arenas do for fifty threads.
