@@ -18,7 +18,7 @@ import stat
 import struct
 from threading import Lock
 
-from cni.ipam.store import Holdings, is_reservation, read_owner, scan
+from cni.ipam.store import LAST, LOCK, Holdings, read_owner, scan
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,6 +30,10 @@ _ONLY_DIRECTORY = 0x01000000
 _CHANGES = _MODIFY | _CLOSE_WRITE | _MOVED_FROM | _MOVED_TO | _CREATE | _DELETE
 _ENDS = _DELETE_SELF | _MOVE_SELF
 _LOST = _ENDS | _UNMOUNT | _OVERFLOW | _IGNORED
+# What the kernel tells of a file that `Held.take` made, and of one that `Held.remember` wrote, old or new.
+# (An event that is the same as the one before is not told again.) Whatever else there is was somebody else.
+_TAKEN = [_CREATE]
+_REMEMBERED = [_MODIFY, _CLOSE_WRITE], [_CREATE, _MODIFY, _CLOSE_WRITE]
 _HEAD = struct.Struct("iIII")  # watch, mask, cookie, length of the name
 _READ_BYTES = 1 << 16
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -120,9 +124,12 @@ class Index:
             return False
         written, self._holdings.written = self._holdings.written, set()
         for name, kinds in changed.items():
-            if kinds[-1] & (_DELETE | _MOVED_FROM):
+            if name.startswith(LAST):
+                if name not in written or kinds not in _REMEMBERED:
+                    self._holdings.last.pop(name, None)
+            elif kinds[-1] & (_DELETE | _MOVED_FROM):
                 self._holdings.drop(name)
-            elif kinds != [_CREATE] or name not in written:  # else that was us, and nobody else since
+            elif name not in written or kinds != _TAKEN:
                 self._look_at(directory, name)
         return self._holdings.flat
 
@@ -142,7 +149,7 @@ class Index:
 
 
 def _changed(watch: int) -> dict[str, list[int]] | None:
-    """The reservations that changed since the last call, by name, with the kinds of their events in order.
+    """The files that changed since the last call, by name, with the kinds of their events in order.
 
     None if that cannot be told.
     """
@@ -155,7 +162,7 @@ def _changed(watch: int) -> dict[str, list[int]] | None:
             if mask & _LOST:
                 return None
             name = os.fsdecode(chunk[offset - length : offset].rstrip(b"\0"))
-            if is_reservation(name):
+            if name != LOCK:
                 found.setdefault(name, []).append(mask)
     return found
 

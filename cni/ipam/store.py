@@ -75,17 +75,19 @@ def bare_owner(owner: bytes) -> bytes:
 class Holdings:
     """What is reserved: file names (paths below the store) with their owners, and the addresses by family.
 
-    `flat`: the store holds nothing but regular files. `written`: names of files that were put by who keeps
+    `flat`: the store holds nothing but regular files. `last`: the address that a range set handed out last,
+    by the name of its file, as far as it is known. `written`: names of files that were written by who keeps
     this, until what the kernel tells of that was heard.
     """
 
-    __slots__ = ("_by_owner", "_owners", "flat", "taken", "written")
+    __slots__ = ("_by_owner", "_owners", "flat", "last", "taken", "written")
 
     def __init__(self) -> None:
         self._owners: dict[str, bytes] = {}
         self._by_owner: dict[bytes, tuple[str, ...]] = {}
         self.taken = {4: Occupied(), 6: Occupied()}
         self.flat = True
+        self.last: dict[str, Address] = {}
         self.written: set[str] = set()
 
     def __len__(self) -> int:
@@ -229,8 +231,12 @@ class Held:
 
     def last(self, set_index: int) -> Address | None:
         """The address that a range set handed out last; None if that is not known."""
+        name = f"{LAST}{set_index}"
+        known = self.holdings.last.get(name)
+        if known is not None:
+            return known
         try:
-            return _address(_read(self._directory, f"{LAST}{set_index}").decode("ascii", "replace"))
+            return _address(_read(self._directory, name).decode("ascii", "replace"))
         except OSError:
             return None
 
@@ -248,6 +254,8 @@ class Held:
                 os.close(file)
         except OSError as exc:
             raise StoreFault("open", f"{self._directory.path}/{name}", exc) from None
+        self.holdings.last[name] = address
+        self.holdings.written.add(name)
 
     def modified(self, name: str) -> int | None:
         """When a file was written last, in ns since 1970; None if that cannot be told."""

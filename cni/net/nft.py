@@ -49,6 +49,7 @@ from cni.net.nftexpr import (
 from cni.net.nlmsg import (
     NLM_F_APPEND,
     NLM_F_CREATE,
+    NLM_F_EXCL,
     attr,
     attr_list,
     attrs,
@@ -234,13 +235,16 @@ class Transaction:
         """Delete a set, with its elements, that no rule uses."""
         self._add("delete set", table, name, _DELSET, 0, attr(1, text(table.name)) + attr(2, text(name)))
 
-    def add_elements(self, table: Table, name: str, elements: Sequence[Element]) -> None:
+    def add_elements(
+        self, table: Table, name: str, elements: Sequence[Element], *, new: bool = False
+    ) -> None:
         """Add elements; comments have at most 128 bytes, else ValueError.
 
-        A key that is there already stays as it is, with its own comment; if its datum differs, the
-        transaction is refused (EEXIST).
+        A key that is there already stays as it is, with its own comment; if its datum differs, or it had to
+        be `new`, the transaction is refused (EEXIST).
         """
-        self._elements("add element to set", table, name, _NEWELEMENT, NLM_F_CREATE, elements)
+        flags = NLM_F_CREATE | NLM_F_EXCL if new else NLM_F_CREATE
+        self._elements("add element to set", table, name, _NEWELEMENT, flags, elements)
 
     def replace_elements(self, table: Table, name: str, elements: Sequence[Element]) -> None:
         """Add elements to a set (no map) in place of those of the same keys, if there are any."""

@@ -79,6 +79,20 @@ def attrs(body: bytes, offset: int = 0) -> dict[int, bytes]:
     return found
 
 
+def first_attr(body: bytes, offset: int, wanted: int) -> bytes:
+    """The first attribute of a kind, without a look at those behind it; empty if there is none."""
+    end, unpack = len(body), _ATTR.unpack_from
+    while offset + 4 <= end:
+        length, kind = unpack(body, offset)
+        stop = offset + length
+        if length < 4 or stop > end:
+            break
+        if kind & 0x3FFF == wanted:
+            return body[offset + 4 : stop]
+        offset = (stop + 3) & ~3
+    return b""
+
+
 def attr_list(body: bytes, offset: int = 0) -> list[tuple[int, bytes]]:
     """`attrs` for a nested list, in which the same kind comes again and again."""
     found = []

@@ -18,6 +18,7 @@ from cni.net.nlmsg import (
     attr,
     attr_list,
     attrs,
+    first_attr,
     mac_bytes,
     mac_text,
     u32,
@@ -94,6 +95,16 @@ class LinkState:
 
     def _port_flag(self, kind: int) -> bool:
         return attrs(attrs(self._info).get(_INFO_SLAVE_DATA, b"")).get(kind) == b"\1"
+
+
+def mac_of(body: bytes) -> str:
+    """`LinkState(body).mac`, for who wants nothing else."""
+    return mac_text(first_attr(body, _IFINFO.size, _IFLA_ADDRESS))
+
+
+def is_oper_up(body: bytes) -> bool:
+    """`LinkState(body).oper_up`, for who wants nothing else."""
+    return first_attr(body, _IFINFO.size, _IFLA_OPERSTATE) == bytes([_OPER_UP])
 
 
 def _number(found: dict[int, bytes], kind: int) -> int:

@@ -99,7 +99,7 @@ def _pin_mac(host: Host, bridge: LinkState, after: Answer) -> None:
 
     Pods that know the gateway by it would have to learn another with each port that comes or goes.
     """
-    if any(LinkState(message.body).mac != bridge.mac for message in after.messages):
+    if any(rtlink.mac_of(message.body) != bridge.mac for message in after.messages):
         pinned = host.route.request(*rtlink.set_link(bridge.ifindex, mac=bridge.mac))
         expect(pinned, "could not set bridge's mac")
 
@@ -151,8 +151,9 @@ def await_port(host: Host, port: LinkState) -> None:
     """Return once the port is up; the kernel needs a moment at most, and mostly none."""
     deadline, pause = time.monotonic() + _PORT_UP_S, _FIRST_PAUSE_S
     while True:
-        found = must_find(host.route, port.name, f'failed to lookup "{port.name}"')
-        if found.oper_up:
+        answer = host.route.request(*rtlink.get_link(ifindex=port.ifindex))
+        expect(answer, f'failed to lookup "{port.name}"')
+        if any(rtlink.is_oper_up(message.body) for message in answer.messages):
             return
         if time.monotonic() > deadline:
             raise CniError(INTERNAL, "bridge port in error state: down")

@@ -64,7 +64,12 @@ def add(
         _add_by_iptables(host, network, container_id, addresses)
     elif backend in ("", "nftables"):
         comment = _comment(network, container_id, ifname, veth)
-        nft.retry(lambda: _add(host.netfilter, addresses, comment))
+        if _add_to_sets(host.netfilter, addresses, comment):
+            # Where the sets are the rules are as well, unless somebody has emptied the chain.
+            networks = {address.network() for address in addresses}
+            host.afterwards(lambda: nft.retry(lambda: _complete(host.netfilter, networks)))
+        else:
+            nft.retry(lambda: _add(host.netfilter, addresses, comment))
     else:
         raise CniError(INTERNAL, f"unknown ipmasq backend {gojson.dumps(backend)}")
 
@@ -147,6 +152,26 @@ def iptables_chain(network: str, container_id: str) -> str:
 
 
 # --- our table
+
+
+def _add_to_sets(socket: NetlinkSocket, addresses: Sequence[Cidr], comment: str) -> bool:
+    """Add the addresses to sets that are there; False if that is refused, and then nothing was done.
+
+    As where a set is not there, or has one of the addresses, perhaps of a pod that is gone.
+    """
+    change = nft.Transaction()
+    for address in addresses:
+        element = nft.Element(_key(address), comment=comment)
+        change.add_elements(TABLE, _set_name(address.network()), [element], new=True)
+    try:
+        change.commit(socket)
+    except nft.NftRefused:
+        return False
+    return True
+
+
+def _complete(socket: NetlinkSocket, networks: set[Cidr]) -> None:
+    _completion(socket, networks).commit(socket)
 
 
 def _add(socket: NetlinkSocket, addresses: Sequence[Cidr], comment: str) -> None:

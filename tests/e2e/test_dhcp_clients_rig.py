@@ -100,7 +100,7 @@ def test_client_acquires_renews_and_releases(wire: Wire, kind: str) -> None:
     if kind != "networkd":  # whose RELEASE has no server identifier
         wait_released(wire, client)
     client.stop()
-    assert processes(wire) == []
+    wait_for(lambda: processes(wire) == [], 2.0, f"end of every process of {kind}")
     assert host_files() == before
 
 

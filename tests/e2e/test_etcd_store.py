@@ -233,7 +233,7 @@ GARBAGE = {
     "subnets/10.3.11.0-24": "[]",
     "subnets/10.3.12.0-24": '{"PublicIP":null}',
     "subnets/10.3.13.0-24": '{"PublicIP":"300.1.1.1"}',
-    "subnets/10.3.14.0-24": '{"PublicIP":"1.1.1.1","BackendData":' + "[" * 400 + "]" * 400 + "}",
+    "subnets/10.3.14.0-24": '{"PublicIP":"1.1.1.1","BackendData":' + "[" * 700 + "]" * 700 + "}",
     "subnets/10.3.15.0-24": "not json",
     "subnets/10.3.16.0-24": '{"PublicIP":7}',
 }

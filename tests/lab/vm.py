@@ -266,12 +266,12 @@ class Guest:
         return guest
 
     def console_lines(self) -> list[str]:
-        """Every line that the console has shown so far."""
+        """Every line that the console has shown so far, as a whole."""
         try:
             text = self.console.read_text(errors="replace")
         except FileNotFoundError:
             return []
-        return [line.rstrip() for line in text.splitlines()]
+        return [line.rstrip() for line in text[: text.rfind("\n") + 1].splitlines()]
 
     def wait_text(self, text: str, timeout_s: float = COMMAND_S, count: int = 1) -> str:
         """Wait until `count` lines of the console hold `text` and return the last of these.

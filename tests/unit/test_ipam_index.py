@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cni.host import Directory
+from cni.ipam import store
 from cni.ipam.index import Index, Indexes
 from cni.ipam.store import Holdings, Store, owner_of, scan
 from cni.spec.address import parse_ip
@@ -77,6 +78,69 @@ def test_a_change_is_seen_without_a_scan(case: str, tmp_path: Path, index: Index
     assert after == content(scan(at(store)))
     assert (after == before) is (case == "made and gone")
     assert index.scans == 1
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_change_after_our_own_is_seen(case: str, tmp_path: Path, index: Index) -> None:
+    store = tmp_path / "store"
+    store.mkdir()
+    (tmp_path / "outside").write_bytes(b"c9\r\neth0")
+    with Store(at(store), index) as ours:
+        with ours.held() as held:
+            assert held.take(parse_ip("10.0.0.2"), OWNER)
+        CHANGES[case](store)
+        with ours.held() as held:
+            assert content(held.holdings) == content(scan(at(store)))
+    assert index.scans == 1
+
+
+def test_what_we_did_ourselves_is_not_read_again(
+    tmp_path: Path, index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(_directory: Directory, name: str) -> bytes:
+        raise AssertionError(name)
+
+    first, second = parse_ip("10.0.0.200"), parse_ip("10.0.0.3")
+    with Store(at(tmp_path), index) as ours, ours.held():
+        pass
+    monkeypatch.setattr(store, "_read", read)
+    with Store(at(tmp_path), index) as ours:
+        for address in (first, second, first):  # the file of the last one is made, cut, and made longer
+            with ours.held() as held:
+                assert held.take(address, OWNER)
+                held.remember(0, address)
+            with ours.held() as held:
+                assert held.last(0) == address
+                assert held.holdings.addresses(OWNER) == [address]
+                assert held.free(address, OWNER)
+
+
+OTHERS: dict[str, Callable[[Path], object]] = {
+    "written over": lambda file: file.write_bytes(b"10.0.0.9"),
+    "the same": lambda file: file.write_bytes(b"10.0.0.2"),
+    "cut": lambda file: os.truncate(file, 0),
+    "gone": lambda file: file.unlink(),
+    "replaced": lambda file: (
+        file.with_name("new").write_bytes(b"10.0.0.8"),
+        file.with_name("new").rename(file),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+@pytest.mark.parametrize("seen", [True, False])
+def test_the_last_address_is_what_is_in_the_file(case: str, seen: bool, tmp_path: Path, index: Index) -> None:
+    file, second = tmp_path / "last_reserved_ip.0", parse_ip("10.0.0.2")
+    with Store(at(tmp_path), index) as ours:
+        with ours.held() as held:
+            held.remember(0, second)
+        if seen:  # else what it did and what others did is heard in one
+            with ours.held() as held:
+                assert held.last(0) == second
+        OTHERS[case](file)
+        text = file.read_text() if file.exists() else ""
+        with ours.held() as held:
+            assert held.last(0) == (parse_ip(text) if text else None)
 
 
 def test_a_writer_that_has_not_closed_its_file_is_seen(tmp_path: Path, index: Index) -> None:
