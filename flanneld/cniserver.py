@@ -268,7 +268,10 @@ class CniServer:
                 raise Declined("the runtime has given up waiting")
             if self._stopping.is_set():
                 raise Declined("flanneld stops")
-            return handle(Request(call.environment, call.stdin), make(host))
+            return handle(Request(call.environment, call.stdin, self._load), make(host))
+
+    def _load(self, stdin: bytes) -> gojson.Object:
+        return self._shared.memo.known(gojson.load_object, stdin)
 
 
 def _limit_arenas() -> None:

@@ -94,10 +94,10 @@ class Flannel:
             saved = scratch.load(request.container_id, request.ifname)
             if saved is None:
                 self._sweep(request, conf)
+                scratch.remove_unfinished(request.container_id, request.ifname)
             else:
                 self._detach(request, conf, saved)
-            # Also what an ADD that was killed had begun to write.
-            scratch.remove(request.container_id, request.ifname)
+                scratch.remove(request.container_id, request.ifname)
 
     def check(self, request: Request) -> None:
         """Have the delegate check the attachment against prevResult. Raises CniError."""
@@ -214,14 +214,12 @@ class Flannel:
             self._host.note(f"flannel: releasing it failed: {exc}")
 
     def _holds_address(self, request: Request, conf: NetConf) -> bool:
-        from cni.plugins.ipam import Ipam
+        from cni.plugins.hostlocal import HostLocal
 
-        asked = Request({**request.environment, "CNI_COMMAND": "CHECK"}, _encode(self._rebuilt(conf)))
         try:
-            Ipam(self._host, "host-local", asked).check()
+            return HostLocal(self._host).holds(conf.store, request)
         except CniError:
             return False
-        return True
 
     def _collect(self, request: Request, conf: NetConf, valid: frozenset[tuple[str, str]]) -> list[str]:
         """Detach every attachment of this network that is not in `valid`; returns what failed."""
@@ -348,10 +346,7 @@ class Flannel:
 
     def _netconf(self, request: Request, prefix: str = "") -> NetConf:
         try:
-            if request.command == "ADD":
-                conf = self._host.known(_parsed, request.stdin)
-            else:  # each with another prevResult
-                conf = NetConf(request.config)
+            conf = self._host.known(_parsed, request.stdin)
         except gojson.GoJsonError as exc:
             raise CniError(INTERNAL, f"{prefix}failed to load netconf: json: {exc}") from None
         if conf.delegate_mode not in (_AUTO, _BUILT_IN, _EXEC):

@@ -142,7 +142,7 @@ class HostLocal:
         current = result.convert(made, "1.0.0")
         texts = [str(one["address"]) for one in gojson.typed(current, "ips", list, [])]
         try:
-            with self._existing(_place(request)) as store, store.held() as held:
+            with self._existing(_place(request).store) as store, store.held() as held:
                 for cidr in map(parse_cidr, texts):
                     held.free((cidr.family, cidr.value), owner)
         except FileNotFoundError:
@@ -155,7 +155,7 @@ class HostLocal:
         place = _place(request)
         owner = owner_of(request.container_id, request.ifname)
         try:
-            with self._existing(place) as store, store.held() as held:
+            with self._existing(place.store) as store, store.held() as held:
                 # Upstream looks once for each set, and for files of very old versions when it finds no other.
                 if not held.release(owner) or count_sets(request.config) > 1:
                     held.release(bare_owner(owner))
@@ -166,18 +166,20 @@ class HostLocal:
 
     def check(self, request: Request) -> None:
         """Raise CniError 999 unless the attachment holds an address."""
-        place = self._config(request).place
-        owner = owner_of(request.container_id, request.ifname)
-        try:
-            with self._existing(place) as store, store.held() as held:
-                found = held.holdings.names(owner) or held.holdings.names(bare_owner(owner))
-        except FileNotFoundError:
-            found = []
-        except OSError as exc:
-            raise CniError(INTERNAL, _words(exc)) from None
-        if not found:
+        if not self.holds(self._config(request).place.store, request):
             text = f"host-local: Failed to find address added by container {request.container_id}"
             raise CniError(INTERNAL, text)
+
+    def holds(self, path: str, request: Request) -> bool:
+        """Whether the attachment holds an address in the store at `path`; raises CniError 999."""
+        owner = owner_of(request.container_id, request.ifname)
+        try:
+            with self._existing(path) as store, store.held() as held:
+                return bool(held.holdings.names(owner) or held.holdings.names(bare_owner(owner)))
+        except FileNotFoundError:
+            return False
+        except OSError as exc:
+            raise CniError(INTERNAL, _words(exc)) from None
 
     def status(self, request: Request) -> None:
         """Raise CniError unless an ADD could work; code 50 if the store is at fault.
@@ -188,7 +190,7 @@ class HostLocal:
         config = self._config(request)
         self._resolver(config.resolv_conf)
         try:
-            with self._existing(config.place):
+            with self._existing(config.place.store):
                 self._check_writable(config.place.store)
         except (FileNotFoundError, NotADirectoryError):
             self._check_creatable(config.place.store)
@@ -202,7 +204,7 @@ class HostLocal:
             valid = NetConf(request.config).valid_attachments
             if valid is None:
                 return
-            with self._existing(place) as store, store.held() as held:
+            with self._existing(place.store) as store, store.held() as held:
                 self._collect(place, held, valid)
         except gojson.GoJsonError as exc:
             raise CniError(INTERNAL, f"json: {exc}") from None
@@ -247,14 +249,14 @@ class HostLocal:
             directory = self._host.files.directory(place.store, _STORE_MODE)
         except OSError as exc:
             raise StoreFault("mkdir", place.store, exc) from None
-        return Store(directory, self._view(place))
+        return Store(directory, self._view(place.store))
 
-    def _existing(self, place: Place) -> Store:
+    def _existing(self, path: str) -> Store:
         """The store; raises FileNotFoundError if there is none."""
-        return Store(self._host.files.directory(place.store), self._view(place))
+        return Store(self._host.files.directory(path), self._view(path))
 
-    def _view(self, place: Place) -> View | None:
-        return None if self._indexes is None else self._indexes.of(place.store)
+    def _view(self, path: str) -> View | None:
+        return None if self._indexes is None else self._indexes.of(path)
 
     def _resolver(self, path: str) -> gojson.Object:
         if not path:
@@ -314,7 +316,7 @@ class HostLocal:
 
     def _look_back(self, place: Place, held: Held) -> None:
         """See to what earlier boots left, if this is the boot's first ADD."""
-        view = self._view(place)
+        view = self._view(place.store)
         if view is None or not view.settled:
             self._reclaimer(place).at_first_add(held)
         if view is not None:

@@ -84,10 +84,8 @@ class Scratch:
         own = f"{container_id}@{ifname}"
         try:
             directory = self._open()
-            for name in (container_id, own):
-                _unlink(directory, _temporary(name, ifname))
-            if not _unlink(directory, own) and _read(directory, container_id) is None:
-                return
+            self._remove_unfinished(directory, container_id, ifname)
+            _unlink(directory, own)
             others = [_read(directory, name) for name in _siblings(directory.names(), container_id)]
             heirs = [data for data in others if data is not None]
             if not heirs:
@@ -99,6 +97,19 @@ class Scratch:
             return
         except OSError as exc:
             raise self._refused("remove", container_id, exc) from None
+
+    def remove_unfinished(self, container_id: str, ifname: str) -> None:
+        """Remove what a writer that was killed had begun, where nothing is saved of the attachment."""
+        try:
+            self._remove_unfinished(self._open(), container_id, ifname)
+        except FileNotFoundError:
+            return
+        except OSError as exc:
+            raise self._refused("remove", container_id, exc) from None
+
+    def _remove_unfinished(self, directory: Directory, container_id: str, ifname: str) -> None:
+        for name in (container_id, f"{container_id}@{ifname}"):
+            _unlink(directory, _temporary(name, ifname))
 
     def saved(self) -> list[tuple[str, str, bytes]]:
         """Every attachment as (container ID, interface name, bytes).
@@ -180,13 +191,11 @@ def _write(descriptor: int, data: bytes) -> None:
         data = data[os.write(descriptor, data) :]
 
 
-def _unlink(directory: Directory, name: str) -> bool:
-    """Remove a file; False if there is none."""
+def _unlink(directory: Directory, name: str) -> None:
     try:
         directory.unlink(name)
     except FileNotFoundError:
-        return False
-    return True
+        return
 
 
 def reservations(files: Files, store: str) -> list[tuple[str, str]]:

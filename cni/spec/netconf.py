@@ -58,7 +58,7 @@ class NetConf:
             return ""
         data_dir = ipam.get("dataDir")
         base = data_dir if isinstance(data_dir, str) and data_dir else HOST_LOCAL_DIR
-        return f"{base}/{self.name}"
+        return f"{base.rstrip('/')}/{self.name}"
 
 
 def _optional_object(record: gojson.Object, name: str) -> gojson.Object | None:

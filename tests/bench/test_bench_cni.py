@@ -30,7 +30,7 @@ from tests.lab.burst import Crowd, Plugins, go_plugins, our_plugins, wait_served
 from tests.lab.cluster import Cluster
 from tests.lab.node import CNI_BIN, FROZEN, Node
 
-ROUNDS, FEW_ROUNDS = 40, 15
+ROUNDS, FEW_ROUNDS, FIRST_ROUNDS = 40, 15, 5
 POD_COUNT, POD_ROUNDS = 110, 2
 UP, DOWN = (1, 2, 4, 8, 16, 32, 64, POD_COUNT), (55, 27, 13, 6, 3, 1, 0)
 PEERS, STARTS = 5000, 4
@@ -123,8 +123,9 @@ def take_turns(crowds: tuple[Crowd, Crowd], rounds: int, pods: int = 1) -> tuple
     taken: tuple[Took, Took] = {"ADD": [], "DEL": []}, {"ADD": [], "DEL": []}
     for crowd in crowds:
         crowd.create(pods)
-        crowd.add(crowd.members)  # the first pod of a node makes the bridge
-        crowd.delete(crowd.members)
+        for _ in range(FIRST_ROUNDS):  # the first pod of a node makes the bridge
+            crowd.add(crowd.members)
+            crowd.delete(crowd.members)
     for _ in range(rounds):
         for crowd, took in zip(crowds, taken, strict=True):
             took["ADD"].append(wall_ms(crowd.add(crowd.members)))
@@ -181,17 +182,17 @@ def test_warm_dual_stack(warm: Rig) -> None:
         warm.ours(our_plugins(warm.node, warm.warm, subnet_file)),
         warm.go(go_plugins(warm.peer, (GO_SUBNET, GO_SUBNET6), (NETWORK, NETWORK6))),
     )
-    taken = take_turns(crowds, FEW_ROUNDS)
+    taken = take_turns(crowds, ROUNDS)
     tell_medians(taken, {"ADD": "ADD warm, dual stack", "DEL": "DEL warm, dual stack"})
 
 
 def test_warm_masquerade(warm: Rig) -> None:
-    taken = take_turns(warm.both(delegate={"ipMasq": True}), FEW_ROUNDS)
+    taken = take_turns(warm.both(delegate={"ipMasq": True}), ROUNDS)
     tell_medians(taken, {"ADD": "ADD warm, ipMasq", "DEL": "DEL warm, ipMasq"})
 
 
 def test_chain(warm: Rig) -> None:
-    taken = take_turns(warm.both(chain=True, mapped=1), FEW_ROUNDS)
+    taken = take_turns(warm.both(chain=True, mapped=1), ROUNDS)
     tell_medians(taken, {"ADD": "ADD chain", "DEL": "DEL chain"})
 
 
