@@ -128,6 +128,10 @@ class Directory:
     def lstat(self, name: str) -> os.stat_result:
         return os.stat(self._base + name, dir_fd=self._above, follow_symlinks=False)
 
+    def stat(self, name: str) -> os.stat_result:
+        """Of what a link leads to."""
+        return os.stat(self._base + name, dir_fd=self._above)
+
     def unlink(self, name: str) -> None:
         os.unlink(self._base + name, dir_fd=self._above)
 

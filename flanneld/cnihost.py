@@ -216,7 +216,8 @@ class Shared:
     def sync_later(self, descriptors: list[int]) -> None:
         """fsync(2) a moment later, in their order, and close them."""
         if self._room.acquire(blocking=False):
-            self._syncers.submit(self._sync, descriptors)
+            with suppress(RuntimeError):  # no thread can be started, and another one does it then
+                self._syncers.submit(self._sync, descriptors)
         else:
             _sync(descriptors)
 
@@ -273,15 +274,17 @@ class WarmHost:
         self._later: list[Callable[[], object]] = []
 
     def close(self) -> None:
-        if self._unsynced:
-            self._shared.sync_later(self._unsynced)
         if self._netns is not None:
             self._netns.route.close()
+        if self._unsynced:
+            self._shared.sync_later(self._unsynced)
         for each in self._later:
             try:
                 each()
             except NetworkError as exc:
                 logger.warning("After a CNI call: %s", exc)
+            except Exception:  # noqa: BLE001 - our bug must cost one step, not those behind it
+                logger.exception("What comes after a CNI call failed in the daemon itself")
 
     @property
     def route(self) -> NetlinkSocket:

@@ -50,6 +50,9 @@ _FEW_WORKERS, _MOST_WORKERS = 4, 16
 _STUCK_S = 0.01  # a call takes 2 ms
 _REQUEST_S, _STOP_S = 10.0, 10.0
 _SELDOM_S = 60.0
+# Who waits for a turn is told that it was in vain once he has given up by himself, and no sooner: he would go
+# and do it, beside the one whose turn it still is.
+_LONGER_S = 1.0
 _PAUSE_S = 0.1  # after accept(2) failed, for want of descriptors
 # Python's own 5 ms are how long a thread that computes may keep another from going on. A call does some
 # eighty system calls, after each of which it would wait that long while thousands of peers are programmed.
@@ -143,12 +146,16 @@ class CniServer:
         os.close(self._own_netns)
 
     def _hire(self) -> None:
-        """Start another thread."""
+        """Start another thread, if the system has one to give."""
         worker = Thread(target=self._work, name="cni", daemon=True)
         with self._mutex:
+            try:
+                worker.start()
+            except RuntimeError as exc:
+                self._failing.warn("Cannot start a thread for CNI calls: %s", exc)
+                return
             self._workers.add(worker)
             self._idle += 1
-        worker.start()
 
     def _oversee(self) -> None:
         """Start more threads while all are busy and none gets done."""
@@ -178,7 +185,7 @@ class CniServer:
                     except Exception:  # noqa: BLE001 - our bug must cost one call, not the thread
                         logger.exception("A CNI call failed in the daemon itself")
                 with self._mutex:
-                    if len(self._workers) > _FEW_WORKERS and not self._stopping.is_set():
+                    if self._idle and len(self._workers) > _FEW_WORKERS and not self._stopping.is_set():
                         self._workers.remove(current_thread())
                         return
                     self._idle += 1
@@ -309,7 +316,7 @@ class Turns:
     def of(self, key: str, patience_s: float, is_wanted: Callable[[], bool]) -> Iterator[bool]:
         """Wait for one's turn: False if it has not come in time, or is not wanted when it comes.
 
-        No key, no waiting.
+        In time is a little later than `patience_s`. No key, no waiting.
         """
         if not key:
             yield True
@@ -322,7 +329,7 @@ class Turns:
             if ours := lock.acquire(blocking=False):
                 yield True
             else:
-                ours = lock.acquire(timeout=patience_s)
+                ours = lock.acquire(timeout=patience_s + _LONGER_S)
                 yield ours and is_wanted()
         finally:
             if ours:

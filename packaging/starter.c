@@ -14,7 +14,7 @@
 #include <unistd.h>
 
 /* Where modules are, below the folder, in the order in which they are looked for. */
-static const char *const places[] = {"", "/python" PYTHON_VERSION "/lib-dynload"};
+static const char *const places[] = {"/", "/python" PYTHON_VERSION "/lib-dynload"};
 
 static char executable[PATH_MAX], folder[PATH_MAX + 32], entry[NAME_MAX + 8] = "entry_";
 
@@ -32,7 +32,7 @@ static int find(void)
 	snprintf(folder, sizeof folder, "%.*sflannel-lib", (int)(name - executable), executable);
 	snprintf(marker, sizeof marker, "%s/encodings", folder);
 	if (access(marker, R_OK))
-		folder[name - executable - 1] = 0;
+		folder[name - executable - 1] = 0; /* "" for the root directory, as each place begins with a slash */
 	return 1;
 }
 
@@ -86,6 +86,7 @@ int main(int argc, char **argv)
 		Py_ExitStatusException(status);
 	if (!PyImport_ImportModule(entry)) {
 		PyErr_Print(); /* ends the process here on sys.exit() */
+		Py_FinalizeEx();
 		return 1;
 	}
 	return Py_FinalizeEx() ? 120 : 0;

@@ -260,7 +260,7 @@ class Held:
     def modified(self, name: str) -> int | None:
         """When a file was written last, in ns since 1970; None if that cannot be told."""
         try:
-            return self._directory.lstat(name).st_mtime_ns
+            return self._directory.stat(name).st_mtime_ns
         except OSError:
             return None
 

@@ -53,7 +53,6 @@ class Bridge:
         """Attach the container; undone if it fails. Raises CniError, and Declined before anything is done."""
         cni_args = args.relevant(request.environment.get("CNI_ARGS", ""), ARGUMENTS)
         conf = self._host.known(bridge_conf, request.stdin, cni_args)
-        conf.check_for_add()
         if "%" in request.ifname:  # the kernel puts a number for %d, and DEL would look for another name
             raise CniError(INVALID_ENVIRONMENT, "interface name contains %", request.ifname)
         wanted = request.version

@@ -33,8 +33,10 @@ KEYS = frozenset(
 
 
 def bridge_conf(stdin: bytes, cni_args: str) -> BridgeConf:
-    """The netconf of a request. Raises CniError 999."""
-    return BridgeConf(Request({"CNI_ARGS": cni_args}, stdin))
+    """The netconf of an ADD, checked; raises CniError."""
+    conf = BridgeConf(Request({"CNI_ARGS": cni_args}, stdin))
+    conf.check_for_add()
+    return conf
 
 
 class BridgeConf:

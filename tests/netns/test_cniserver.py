@@ -314,7 +314,10 @@ def test_who_has_given_up_waiting_for_a_turn_is_not_served(
     with ExitStack() as stack:
         a = stack.enter_context(shim.begun("hold", place=str(first)))
         wait_for(tmp_path.joinpath("first.begun").exists)
+        began = time.monotonic()
         assert shim.call("hold", place=str(never), patience_ms=50).declined
+        # The shim itself has given up by then, and says so: it must not do it beside the first.
+        assert time.monotonic() - began > 1
         with shim.begun("hold", place=str(never)) as connection:
             assert connection.hello()  # killed by the runtime while it waits
         first.touch()
