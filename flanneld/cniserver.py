@@ -13,7 +13,6 @@ been waiting for something: another process's lock on a store, or a client that 
 from __future__ import annotations
 
 import ctypes
-import gc
 import json
 import os
 import select
@@ -57,9 +56,6 @@ _PAUSE_S = 0.1  # after accept(2) failed, for want of descriptors
 # Python's own 5 ms are how long a thread that computes may keep another from going on. A call does some
 # eighty system calls, after each of which it would wait that long while thousands of peers are programmed.
 _SWITCH_S = 0.00005
-# Likewise a collection of all garbage, which with 5,000 leases stops everything for 6 ms: a hundred times
-# more seldom than Python's own (the third number, 10).
-_COLLECT_AFTER = 700, 10, 1000
 # glibc gives each thread that finds its memory in use by another an arena of its own, 8 for each processor in
 # all, and none is ever given back. One thread at a time runs Python: two arenas do for fifty threads.
 _M_ARENA_MAX, _ARENAS = -8, 2  # malloc.h
@@ -108,7 +104,6 @@ class CniServer:
         for name in registry.NAMES:
             find(name)  # imported now, not while the first pod waits
         sys.setswitchinterval(_SWITCH_S)
-        gc.set_threshold(*_COLLECT_AFTER)
         _limit_arenas()
         self._shared = Shared()
         self._turns = Turns()
