@@ -117,9 +117,9 @@ class Directory:
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        if self._above is not None:
+        if self._above is not None and self._above >= 0:
             os.close(self._above)
-            self._above = None
+            self._above = -1  # not None, which would stand for the working directory
 
     def open(self, name: str, flags: int, mode: int = 0o600) -> int:
         """A descriptor; the name `.` is the directory itself."""
@@ -127,6 +127,14 @@ class Directory:
 
     def lstat(self, name: str) -> os.stat_result:
         return os.stat(self._base + name, dir_fd=self._above, follow_symlinks=False)
+
+    def has(self, name: str) -> bool:
+        """Whether there is something of that name, a link that leads nowhere too."""
+        try:
+            self.lstat(name)
+        except FileNotFoundError:
+            return False
+        return True
 
     def stat(self, name: str) -> os.stat_result:
         """Of what a link leads to."""
@@ -137,11 +145,6 @@ class Directory:
 
     def rename(self, old: str, new: str) -> None:
         os.rename(self._base + old, self._base + new, src_dir_fd=self._above, dst_dir_fd=self._above)
-
-    def link(self, old: str, new: str) -> None:
-        """Give a file another name."""
-        above = self._above
-        os.link(self._base + old, self._base + new, src_dir_fd=above, dst_dir_fd=above, follow_symlinks=False)
 
     def link_open(self, file: int, name: str) -> None:
         """Give an open file, which may have none, a name."""

@@ -34,7 +34,7 @@ class Sweeper:
         try:
             kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
             self._socket = socket.socket(socket.AF_NETLINK, kind, socket.NETLINK_ROUTE)
-            # Who is woken for the rest keeps the thread that adds a pod from going on.
+            # The end of links alone: who is woken for more keeps the thread that adds a pod from going on.
             bpf.attach(self._socket, bpf.of_type(rtlink.RTM_DELLINK))
             self._socket.bind((0, _RTMGRP_LINK))
         except OSError as exc:

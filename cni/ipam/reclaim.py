@@ -154,9 +154,7 @@ class Reclaimer:
         directory, _, name = path.rpartition("/")
         try:
             with self._files.directory(directory or "/") as found:
-                return (
-                    os.stat(f"{found.at}/{name}").st_dev == os.stat(_ANY_NETNS).st_dev
-                )  # through a link too
+                return found.stat(name).st_dev == os.stat(_ANY_NETNS).st_dev
         except (FileNotFoundError, NotADirectoryError):
             return False
         except OSError:

@@ -216,11 +216,7 @@ class Held:
 
         Not every file system has files without a name; there it has its name at once (True), as upstream's.
         """
-        try:
-            self._directory.lstat(name)
-        except FileNotFoundError:
-            pass
-        else:
+        if self._directory.has(name):
             raise FileExistsError
         try:
             return self._directory.open(".", os.O_RDWR | os.O_TMPFILE), False

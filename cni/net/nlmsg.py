@@ -67,44 +67,28 @@ def attrs(body: bytes, offset: int = 0) -> dict[int, bytes]:
 
     The nested and byte-order flags are cut off.
     """
-    found = {}
-    end, unpack = len(body), _ATTR.unpack_from
-    while offset + 4 <= end:
-        length, kind = unpack(body, offset)
-        stop = offset + length
-        if length < 4 or stop > end:
-            break
-        found[kind & 0x3FFF] = body[offset + 4 : stop]
-        offset = (stop + 3) & ~3
-    return found
+    return dict(_each_attr(body, offset))
 
 
 def first_attr(body: bytes, offset: int, wanted: int) -> bytes:
     """The first attribute of a kind, without a look at those behind it; empty if there is none."""
-    end, unpack = len(body), _ATTR.unpack_from
-    while offset + 4 <= end:
-        length, kind = unpack(body, offset)
-        stop = offset + length
-        if length < 4 or stop > end:
-            break
-        if kind & 0x3FFF == wanted:
-            return body[offset + 4 : stop]
-        offset = (stop + 3) & ~3
-    return b""
+    return next((payload for kind, payload in _each_attr(body, offset) if kind == wanted), b"")
 
 
 def attr_list(body: bytes, offset: int = 0) -> list[tuple[int, bytes]]:
     """`attrs` for a nested list, in which the same kind comes again and again."""
-    found = []
+    return list(_each_attr(body, offset))
+
+
+def _each_attr(body: bytes, offset: int) -> Iterator[tuple[int, bytes]]:
     end, unpack = len(body), _ATTR.unpack_from
     while offset + 4 <= end:
         length, kind = unpack(body, offset)
         stop = offset + length
         if length < 4 or stop > end:
-            break
-        found.append((kind & 0x3FFF, body[offset + 4 : stop]))
+            return
+        yield kind & 0x3FFF, body[offset + 4 : stop]
         offset = (stop + 3) & ~3
-    return found
 
 
 def u32(value: int) -> bytes:
