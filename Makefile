@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-# Debian's own interpreter: it comes with the shared library that the frozen programs carry along.
+# Debian's own interpreter: it comes with the library that is linked into the programs.
 PYTHON ?= /usr/bin/python3
 VENV := .venv
 PY := $(VENV)/bin/python

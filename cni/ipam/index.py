@@ -2,7 +2,7 @@
 
 Everybody changes a store with its lock held, and the kernel queues the event before the change's system call
 returns. So whoever has the lock and has read the queue to its end knows of every change, and has to read the
-files that changed and no others: a step costs the same with ten reservations as with 65,000.
+files that others changed and no more: a step costs the same with ten reservations as with 65,000.
 
 The whole store is read again when the queue ran over, when another directory took its place, and at each step
 while it holds directories or links, whose contents are not watched.
