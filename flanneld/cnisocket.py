@@ -75,7 +75,7 @@ class Place:
             undo.pop_all()
 
     def close(self) -> None:
-        """Who has not been greeted yet sees the connection closed; the file goes if it is still ours."""
+        """Who has not been served yet sees the connection closed; the file goes if it is still ours."""
         with suppress(OSError):
             if _identity(self._path) == self._identity:
                 os.unlink(self._path)
