@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from cni.ipam.index import Indexes
     from cni.net.nlsocket import NetlinkSocket
+    from cni.plugins.bridgeport import KnownBridge
     from cni.plugins.hostlocal import Report
 
     T = TypeVar("T")
@@ -69,6 +70,10 @@ if TYPE_CHECKING:
         @property
         def indexes(self) -> Indexes | None:
             """What host-local's stores hold, kept from call to call; None: each call reads the store."""
+
+        @property
+        def bridges(self) -> dict[str, KnownBridge]:
+            """What earlier calls saw of bridges, by name."""
 
         @property
         def report(self) -> Report | None:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import TypeVar
 
+    from cni.plugins.bridgeport import KnownBridge
+
     T = TypeVar("T")
 
 DESCRIPTORS = "FLANNEL_CNI_FDS"
@@ -88,6 +90,7 @@ class LocalHost:
         "_note",
         "_passed_for",
         "_route",
+        "bridges",
         "files",
         "indexes",
         "report",
@@ -96,6 +99,7 @@ class LocalHost:
     def __init__(self, note: Callable[[str], None], environment: Mapping[str, str]) -> None:
         self.files = LocalFiles()
         self.indexes = None
+        self.bridges: dict[str, KnownBridge] = {}
         self.report = None
         self._note = note
         self._inherited = _inherited(environment.get(DESCRIPTORS, ""))

@@ -28,6 +28,7 @@ from cni.local import netns_error
 from cni.memo import Memo
 from cni.net.nlmsg import Message, Request
 from cni.net.nlsocket import NETFILTER, ROUTE, Answer, NetlinkSocket
+from cni.plugins.bridgeport import KnownBridge
 from flanneld import cniwire, metrics
 from flanneld.cniwire import WireError
 from flanneld.linkdeleter import LinkDeleter
@@ -197,21 +198,42 @@ def identity(descriptor: int) -> Identity:
 class Shared:
     """What the calls of all threads work with; `close` it after the last."""
 
-    __slots__ = ("_held_up", "_room", "_syncers", "deleter", "indexes", "memo")
+    __slots__ = ("_held_up", "_room", "_settings", "_syncers", "bridges", "deleter", "indexes", "memo")
 
     def __init__(self) -> None:
         self._held_up = ThreadPoolExecutor(_HELD_UP, thread_name_prefix="cni-held-up")
         self._syncers = ThreadPoolExecutor(_SYNCERS, thread_name_prefix="cni-sync")
         self._room = BoundedSemaphore(_MOST_UNSYNCED)
+        self._settings: dict[str, int] = {}
         self.deleter = LinkDeleter(self._held_up)
         self.indexes = Indexes()
         self.memo = Memo()
+        self.bridges: dict[str, KnownBridge] = {}
 
     def close(self) -> None:
         """Waits for the kernel and the disk."""
         self._held_up.shutdown()
         self._syncers.shutdown()
         self.indexes.close()
+        for descriptor in self._settings.values():
+            os.close(descriptor)
+
+    def settings(self, family: str, root: int) -> int | None:
+        """The directory of the settings of `ipv4` or `ipv6` in this namespace; None if the kernel has none.
+
+        That of the first runtime, whose `root` it is, as our own may be for reading only. (What /proc/sys/net
+        shows is the namespace of the thread that looks, wherever /proc is mounted.) It is kept: a runtime's
+        mounts may be gone when it has its answer.
+        """
+        found = self._settings.get(family)
+        if found is None:
+            with suppress(OSError):
+                path = f"proc/sys/net/{family}"
+                opened = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root)
+                found = self._settings.setdefault(family, opened)
+                if found != opened:  # by another thread
+                    os.close(opened)
+        return found
 
     def sync_later(self, descriptors: list[int]) -> None:
         """fsync(2) a moment later, in their order, and close them."""
@@ -254,6 +276,7 @@ class WarmHost:
         "_shared",
         "_sockets",
         "_unsynced",
+        "bridges",
         "files",
         "indexes",
         "report",
@@ -262,6 +285,7 @@ class WarmHost:
     def __init__(self, shared: Shared, sockets: Sockets, passed: Passed, path: str, error: int) -> None:
         self.files = RootFiles(passed[cniwire.ROOT])
         self.indexes: Indexes | None = shared.indexes
+        self.bridges = shared.bridges
         self.report: Callable[[str, int, int, int], None] | None = self._report
         self._shared = shared
         self._sockets = sockets
@@ -274,10 +298,6 @@ class WarmHost:
         self._later: list[Callable[[], object]] = []
 
     def close(self) -> None:
-        if self._netns is not None:
-            self._netns.route.close()
-        if self._unsynced:
-            self._shared.sync_later(self._unsynced)
         for each in self._later:
             try:
                 each()
@@ -285,6 +305,10 @@ class WarmHost:
                 logger.warning("After a CNI call: %s", exc)
             except Exception:  # noqa: BLE001 - our bug must cost one step, not those behind it
                 logger.exception("What comes after a CNI call failed in the daemon itself")
+        if self._netns is not None:
+            self._netns.route.close()
+        if self._unsynced:
+            self._shared.sync_later(self._unsynced)
 
     @property
     def route(self) -> NetlinkSocket:
@@ -295,8 +319,10 @@ class WarmHost:
         return self._sockets.get(NETFILTER)
 
     def sysctl(self, name: str) -> Sysctl:
-        # /proc/sys/net shows the namespace of the thread that looks, wherever /proc is mounted.
-        return Sysctl(name, f"proc/sys/net/{name}", self._passed[cniwire.ROOT])
+        root = self._passed[cniwire.ROOT]
+        family, _, rest = name.partition("/")
+        above = self._shared.settings(family, root)
+        return Sysctl(name, f"proc/sys/net/{name}", root) if above is None else Sysctl(name, rest, above)
 
     def netns(self, path: str) -> Netns:
         if not path or path != self._path:

@@ -17,7 +17,7 @@ from cni.errors import INTERNAL, INVALID_CONFIG, CniError, KernelError
 from cni.net import rtlink
 from cni.net.rtlink import IFA_F_DADFAILED, IFA_F_TENTATIVE, AddressState
 from cni.plugins.bridgegate import Gateway, gateway_of
-from cni.plugins.bridgeport import await_port, ensure_bridge, plug
+from cni.plugins.bridgeport import Changed, await_port, ensure_bridge, plug
 from cni.plugins.ipam import Ipam
 from cni.plugins.links import carry_out, ensure, expect, find, objects, ports, random_mac, try_write
 from cni.spec.address import Cidr, parse_cidr, parse_ip
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from cni.net.nlmsg import Request as Message
     from cni.net.rtlink import LinkState
     from cni.plugins.bridgeconf import BridgeConf
+    from cni.plugins.bridgeport import KnownBridge, Port
     from cni.spec import gojson
     from cni.spec.request import Request
 
@@ -55,16 +56,34 @@ class Attachment:
 
     def make(self) -> gojson.Object:
         """Attach; the result in its current form. Raises CniError or KernelError."""
+        known = self._known()
+        if known is not None:
+            try:
+                return self._make(known.link, known)
+            except Changed:
+                self._host.bridges.pop(self._conf.bridge, None)
+        return self._make(ensure_bridge(self._host, self._conf), None)
+
+    def _known(self) -> KnownBridge | None:
+        """What is known of the bridge, unless this ADD needs more of it."""
         conf = self._conf
-        bridge = ensure_bridge(self._host, conf)
+        if self._ipam is None or conf.promiscuous or not conf.gateway:
+            return None
+        return self._host.bridges.get(conf.bridge)
+
+    def _make(self, bridge: LinkState, known: KnownBridge | None) -> gojson.Object:
+        """Raises Changed if `known` is wrong, or not enough."""
+        conf = self._conf
         netns = self._host.netns(self._request.netns)
         if self._ipam is not None and conf.gateway:
-            known = self._ipam.gateways()
-            conf.check_mtu(any(cidr.family == 6 for cidr in known))
-            self._gateway = Gateway(self._host, conf, bridge)
-            self._gateway.set_up(known)
+            gateways = self._ipam.gateways()
+            conf.check_mtu(any(cidr.family == 6 for cidr in gateways))
+            if known is not None and not known.gateways.issuperset(gateways):
+                raise Changed
+            self._gateway = Gateway(self._host, conf, bridge, known)
+            self._gateway.set_up(gateways)
         mac = conf.mac or random_mac()
-        port = plug(self._host, conf, bridge, netns, self._request.ifname, mac)
+        port = plug(self._host, conf, bridge, netns, self._request.ifname, mac, known)
         self._veth = self._users.own_port = port.name
         self._users.link = bridge
         interfaces: list[gojson.Object] = [
@@ -84,10 +103,7 @@ class Attachment:
         elif not conf.interface_down:
             name = self._request.ifname
             expect(netns.route.request(*rtlink.set_link(port.peer, up=True)), f'failed to set "{name}" up')
-        if not conf.interface_down:
-            await_port(self._host, port)
-        if self._addresses:
-            self._announce(bridge, netns, port, mac)
+        self._host.afterwards(lambda: self._announce(bridge, netns, port, mac))
         dns = made.pop("dns", None)
         if conf.dns is not None:
             dns = conf.dns
@@ -123,7 +139,7 @@ class Attachment:
         """What the container was allotted."""
         return [parse_cidr(str(one["address"])) for one in objects(self._allotted or {}, "ips")]
 
-    def _layer3(self, netns: Netns, port: LinkState, interfaces: list[gojson.Object]) -> gojson.Object:
+    def _layer3(self, netns: Netns, port: Port, interfaces: list[gojson.Object]) -> gojson.Object:
         """Configure what IPAM allotted; the members of the result that come of it."""
         conf, allotted = self._conf, self._allotted or {}
         if not self._addresses:
@@ -137,6 +153,8 @@ class Attachment:
             extra = self._gateway.vlan_link
             if extra is not None:
                 interfaces.append({"name": extra.name, "mac": extra.mac})
+            else:
+                self._learn(self._gateway, [gateway_of(ip) for ip in ips])
         if conf.masquerade:
             from cni.plugins import masq
 
@@ -157,6 +175,22 @@ class Attachment:
         if allotted.get("dns"):
             made["dns"] = allotted["dns"]
         return made
+
+    def _learn(self, gateway: Gateway, gateways: list[Cidr]) -> None:
+        """Spare the next ADD what this one found out, or look after the answer whether it still holds."""
+        bridges, name = self._host.bridges, self._conf.bridge
+        if bridges.get(name) is None:
+            bridges[name] = gateway.learned(gateways)
+            return
+
+        def look_again() -> None:
+            try:
+                gateway.look_again()
+            except CniError:
+                bridges.pop(name, None)
+                raise
+
+        self._host.afterwards(look_again)
 
     def _with_gateway(self, ip: gojson.Object) -> gojson.Object:
         """The address with the index of the container's interface, and a gateway if the bridge is one."""
@@ -189,7 +223,7 @@ class Attachment:
         self._write_settings(netns, any(cidr.family == 6 for cidr in cidrs))
         steps = [rtlink.add_address(ifindex, cidr, detect_duplicates=detect) for cidr in cidrs]
         texts = [f'failed to add IP addr {ip["address"]} to "{ifname}"' for ip in ips]
-        steps.append(rtlink.set_link(ifindex, up=True))
+        steps.append(rtlink.start(ifindex))
         texts.append(f'failed to set "{ifname}" UP')
         if detect and any(cidr.family == 6 for cidr in cidrs):
             carry_out(netns.route, steps, texts)
@@ -207,7 +241,6 @@ class Attachment:
         try_write(
             netns.sysctl(f"ipv6/conf/{ifname}/accept_dad"), "1" if self._conf.detect_duplicates else "0"
         )
-        try_write(netns.sysctl(f"ipv4/conf/{ifname}/arp_notify"), "1")
         if not has_ipv6:
             return
         try_write(netns.sysctl(f"ipv6/conf/{ifname}/ndisc_notify"), "1")
@@ -234,12 +267,20 @@ class Attachment:
             time.sleep(pause)
             pause = min(pause * 2, 0.02)
 
-    def _announce(self, bridge: LinkState, netns: Netns, port: LinkState, mac: str) -> None:
+    def _announce(self, bridge: LinkState, netns: Netns, port: Port, mac: str) -> None:
         """Tell the other pods and the host which MAC the addresses, once others' perhaps, have now.
+
+        All is up by then. That the port is, as the bridge sees it, the kernel finds out a moment later, or at
+        once when it is asked.
 
         The kernel does that itself (gratuitous ARP, unsolicited neighbour advertisement) when a link gets a
         MAC, even the one that it has; but not all that it says when the link comes up passes the bridge.
         """
+        if self._conf.interface_down:
+            return
+        await_port(self._host, port)
+        if not self._addresses:
+            return
         netns.route.request(*rtlink.set_link(port.peer, mac=mac))
         known = [cidr for cidr in self._addresses if (cidr.family, cidr.value) in self._users.known]
         self._host.route.transact([rtlink.put_neighbour(bridge.ifindex, cidr, mac) for cidr in known])

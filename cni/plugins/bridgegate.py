@@ -5,7 +5,7 @@ from __future__ import annotations
 from cni.errors import INTERNAL, CniError
 from cni.net import rtlink
 from cni.net.rtlink import LinkState
-from cni.plugins.bridgeport import ensure_vlan_link
+from cni.plugins.bridgeport import KnownBridge, ensure_vlan_link
 from cni.plugins.links import EEXIST, NamespaceLock, addresses, ensure, expect, ports
 from cni.spec.address import Cidr, parse_cidr, parse_ip
 
@@ -23,14 +23,20 @@ class Gateway:
 
     __slots__ = ("_bridge", "_conf", "_forwarding", "_host", "_link", "_present")
 
-    def __init__(self, host: Host, conf: BridgeConf, bridge: LinkState) -> None:
-        """Raises CniError if the interface of the VLAN cannot be made."""
+    def __init__(
+        self, host: Host, conf: BridgeConf, bridge: LinkState, known: KnownBridge | None = None
+    ) -> None:
+        """What is `known` of the bridge is yet to be confirmed. Raises CniError."""
         self._host = host
         self._conf = conf
         self._bridge = bridge
         self._link = ensure_vlan_link(host, conf, bridge) if conf.vlan else bridge
         self._present: dict[int, list[Cidr]] = {}
         self._forwarding: set[int] = set()  # families for which it is known to be on
+        if known is not None:
+            for cidr in known.gateways:
+                self._present.setdefault(cidr.family, []).append(cidr)
+            self._forwarding.update(known.forwarding)
 
     @property
     def vlan_link(self) -> LinkState | None:
@@ -50,6 +56,15 @@ class Gateway:
             if mine and family not in self._forwarding:
                 ensure(self._host.sysctl(setting), "1", "enable forwarding")
                 self._forwarding.add(family)
+
+    def learned(self, gateways: list[Cidr]) -> KnownBridge:
+        """What the next pod's ADD need not find out: those gateways, which are set up, and forwarding."""
+        return KnownBridge(self._link, frozenset(gateways), frozenset(self._forwarding))
+
+    def look_again(self) -> None:
+        """Switch forwarding on where it was known to be, and is not; raises CniError."""
+        for family in self._forwarding:
+            ensure(self._host.sysctl(FORWARDING[family]), "1", "enable forwarding")
 
     @property
     def _failed(self) -> str:

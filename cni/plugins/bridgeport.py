@@ -25,11 +25,55 @@ if TYPE_CHECKING:
     from cni.net.nlmsg import Request as Message
     from cni.net.nlsocket import Answer
     from cni.plugins.bridgeconf import BridgeConf
+    from cni.spec.address import Cidr
 
 _NAME_TRIES = 10
 _DEFAULT_VLAN = 1
 _NO_MAC = "00:00:00:00:00:00"
 _PORT_UP_S, _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.55, 0.001, 0.05
+
+
+class Port:
+    """The host's end of a veth pair, and the index of the other one."""
+
+    __slots__ = ("ifindex", "mac", "name", "peer")
+
+    def __init__(self, name: str, mac: str, ifindex: int, peer: int) -> None:
+        self.name = name
+        self.mac = mac
+        self.ifindex = ifindex
+        self.peer = peer
+
+
+class Changed(Exception):
+    """The bridge is not what it was for the last pod; nothing of this one is left."""
+
+
+class KnownBridge:
+    """A bridge as the last pod's ADD left it, with the gateways on it and the families that are forwarded.
+
+    The next ADD does not ask for all that again, and then make its veth pair: it makes it, and has the kernel
+    confirm the rest in the same message.
+    """
+
+    __slots__ = ("forwarding", "gateways", "link")
+
+    def __init__(self, link: LinkState, gateways: frozenset[Cidr], forwarding: frozenset[int]) -> None:
+        self.link = link
+        self.gateways = gateways
+        self.forwarding = forwarding
+
+    def questions(self) -> list[Message]:
+        """Give the bridge addresses that it has: what the kernel refuses is there."""
+        return [rtlink.add_address(self.link.ifindex, cidr) for cidr in self.gateways]
+
+    def is_confirmed(self, host: Host, answers: list[Answer], after: Answer) -> bool:
+        """Whether all is as it was, by the answers to the questions and one about the link."""
+        missing = [cidr for cidr, one in zip(self.gateways, answers, strict=True) if one.errno == 0]
+        # Whether they may stand beside what else is there is yet to be seen.
+        host.route.transact([rtlink.drop_address(self.link.ifindex, cidr) for cidr in missing])
+        is_same = any(rtlink.is_still(message.body, self.link) for message in after.messages)
+        return is_same and all(one.errno == EEXIST for one in answers)
 
 
 def ensure_bridge(host: Host, conf: BridgeConf) -> LinkState:
@@ -54,38 +98,62 @@ def ensure_bridge(host: Host, conf: BridgeConf) -> LinkState:
     return bridge
 
 
-def plug(host: Host, conf: BridgeConf, bridge: LinkState, netns: Netns, ifname: str, mac: str) -> LinkState:
-    """Make the veth pair; returns its host end, a port of the bridge. Leaves nothing behind when it fails."""
-    name, port = _make_pair(host, conf, bridge, netns, ifname, mac)
+def plug(
+    host: Host,
+    conf: BridgeConf,
+    bridge: LinkState,
+    netns: Netns,
+    ifname: str,
+    mac: str,
+    known: KnownBridge | None,
+) -> Port:
+    """Make the veth pair; returns its host end, a port of the bridge. Leaves nothing behind when it fails.
+
+    `ifname` and `mac` are the container's. Raises CniError, KernelError, and Changed if the bridge is no
+    longer what is `known` of it.
+    """
+    port = _make_pair(host, conf, bridge, netns, ifname, mac, known)
     try:
-        if port is None:  # a kernel before 6.1 does not tell
-            port = must_find(host.route, name, f'failed to lookup "{name}"')
-        try_write(host.sysctl(f"ipv6/conf/{name}/accept_ra"), "0")
         _tag(host, conf, port, conf.trunk)
     except (CniError, KernelError):
-        host.delete_link(host.route, name)
+        host.delete_link(host.route, port.name)
         raise
+    host.afterwards(lambda: try_write(host.sysctl(f"ipv6/conf/{port.name}/accept_ra"), "0"))
     return port
 
 
 def _make_pair(
-    host: Host, conf: BridgeConf, bridge: LinkState, netns: Netns, ifname: str, mac: str
-) -> tuple[str, LinkState | None]:
+    host: Host,
+    conf: BridgeConf,
+    bridge: LinkState,
+    netns: Netns,
+    ifname: str,
+    mac: str,
+    known: KnownBridge | None,
+) -> Port:
+    has_flags = conf.hairpin or conf.isolated
     for _number in range(_NAME_TRIES):
-        name = random_name()
-        steps = [
-            rtlink.make_veth(name, random_mac(), ifname, mac, conf.mtu, bridge.ifindex, netns.descriptor)
-        ]
-        if conf.hairpin or conf.isolated:
+        name, port_mac = random_name(), random_mac()
+        steps = [rtlink.make_veth(name, port_mac, ifname, mac, conf.mtu, bridge.ifindex, netns.descriptor)]
+        if has_flags:
             steps.append(rtlink.set_port(name, conf.hairpin, conf.isolated))
+        if known is not None:
+            steps += known.questions()
         made, *rest, after = host.route.transact([*steps, rtlink.get_link(ifindex=bridge.ifindex)])
-        if made.errno == 0:
-            refused = next((answer for answer in rest if answer.errno), None)
-            if refused is not None:
+        if known is not None and not known.is_confirmed(host, rest[has_flags:], after):
+            if made.errno == 0:
                 host.delete_link(host.route, name)
-                raise CniError(INTERNAL, f"failed to setup hairpin mode for {name}: {refused.reason}")
+            raise Changed
+        if made.errno == 0:
+            if has_flags and rest[0].errno:
+                host.delete_link(host.route, name)
+                raise CniError(INTERNAL, f"failed to setup hairpin mode for {name}: {rest[0].reason}")
             _pin_mac(host, bridge, after)
-            return name, LinkState(made.messages[0].body) if made.messages else None
+            if made.messages:
+                return Port(name, port_mac, *rtlink.ends_of(made.messages[0].body))
+            # A kernel before 6.1 does not tell.
+            found = must_find(host.route, name, f'failed to lookup "{name}"')
+            return Port(name, port_mac, found.ifindex, found.peer)
         if made.errno != EEXIST:
             raise CniError(INTERNAL, f"failed to make veth pair: {made.reason}")
         if find(netns.route, ifname) is not None:
@@ -104,7 +172,7 @@ def _pin_mac(host: Host, bridge: LinkState, after: Answer) -> None:
         expect(pinned, "could not set bridge's mac")
 
 
-def _tag(host: Host, conf: BridgeConf, port: LinkState, trunk: tuple[int, ...]) -> None:
+def _tag(host: Host, conf: BridgeConf, port: Port, trunk: tuple[int, ...]) -> None:
     """The VLANs of a port, as upstream: untagged in `vlan`, tagged in those of the trunk."""
     if not conf.vlan and not trunk:
         return
@@ -138,7 +206,8 @@ def ensure_vlan_link(host: Host, conf: BridgeConf, bridge: LinkState) -> LinkSta
         raise CniError(INTERNAL, f"{failed}: {answer.reason}")
     if answer.errno == 0:
         try:
-            _tag(host, conf, must_find(host.route, port, failed), ())
+            made = must_find(host.route, port, failed)
+            _tag(host, conf, Port(port, made.mac, made.ifindex, made.peer), ())
         except (CniError, KernelError):  # the next pod would take it for a gateway in the VLAN
             host.delete_link(host.route, port)
             raise
@@ -147,15 +216,14 @@ def ensure_vlan_link(host: Host, conf: BridgeConf, bridge: LinkState) -> LinkSta
     return found
 
 
-def await_port(host: Host, port: LinkState) -> None:
-    """Return once the port is up; the kernel needs a moment at most, and mostly none."""
+def await_port(host: Host, port: Port) -> None:
+    """Return once the port is up, or gone; the kernel needs a moment at most, and mostly none."""
     deadline, pause = time.monotonic() + _PORT_UP_S, _FIRST_PAUSE_S
     while True:
         answer = host.route.request(*rtlink.get_link(ifindex=port.ifindex))
-        expect(answer, f'failed to lookup "{port.name}"')
-        if any(rtlink.is_oper_up(message.body) for message in answer.messages):
+        if answer.errno or any(rtlink.is_oper_up(message.body) for message in answer.messages):
             return
         if time.monotonic() > deadline:
-            raise CniError(INTERNAL, "bridge port in error state: down")
+            raise CniError(INTERNAL, f"bridge port in error state: down: {port.name}")
         time.sleep(pause)
         pause = min(pause * 2, _LONGEST_PAUSE_S)

@@ -1,7 +1,7 @@
 """The daemon's server of CNI calls as a process in a node's namespace, and a client that stands for the shim.
 
 As a program, `python -m tests.netns.cniserver_fixtures SOCKET` serves a plugin whose netconf says what to do
-(`Steps`); `... flanneld FLAGS` is flanneld with that plugin.
+(`Steps`); `... flanneld FLAGS` is flanneld with that plugin, and `... SOCKET bridge` serves the real ones.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from cni.errors import Declined
 from cni.host import NetnsInvalid, NetnsMissing
 from cni.net import netns, nlmsg, rtlink
+from cni.plugins import registry
 from cni.spec import gojson
 from cni.spec.request import Request
 from flanneld import __main__ as daemon
@@ -178,7 +179,7 @@ def program(argv: Sequence[str]) -> int:
     log.setup(2)
     # Not a handler: the kernel may give the signal to another thread, and Python's main thread sleeps on.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    server = cniserver.CniServer(argv[0], find)
+    server = cniserver.CniServer(argv[0], registry.find if argv[1:] else find)
     signal.sigwait({signal.SIGTERM})
     server.close()
     return 0
