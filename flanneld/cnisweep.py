@@ -28,7 +28,10 @@ _JOIN_S = 5.0
 
 
 class Sweeper:
-    """A thread that sweeps at the start and after links have gone. Raises KernelError without a socket."""
+    """A thread that sweeps at the start and after links have gone. Raises KernelError without a socket.
+
+    What masquerading needs in any case goes at the start alone, if no pod needs it.
+    """
 
     def __init__(self) -> None:
         try:
@@ -62,10 +65,11 @@ class Sweeper:
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         poll.register(self._wake_read, select.POLLIN)
-        gone = True
+        gone = is_first = True
         while not self._stop.is_set():
             if gone:
-                self._sweep()
+                self._sweep(keep_sets=not is_first)
+                is_first = False
             poll.poll()
             self._stop.wait(_SETTLE_S)
             gone = self._hear()
@@ -83,9 +87,10 @@ class Sweeper:
                     raise
             gone = True  # or: some messages were lost
 
-    def _sweep(self) -> None:
+    def _sweep(self, *, keep_sets: bool) -> None:
         try:
-            dropped = sum(plugin.sweep(self._host, self._is_there) for plugin in (masq, macspoof, portmap))
+            dropped = masq.sweep(self._host, self._is_there, keep_sets=keep_sets)
+            dropped += sum(plugin.sweep(self._host, self._is_there) for plugin in (macspoof, portmap))
         except NetworkError as exc:
             self._failures.trouble(f"Firewall entries of pods that are gone may stay: {exc}")
             return

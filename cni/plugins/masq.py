@@ -65,7 +65,8 @@ def add(
     elif backend in ("", "nftables"):
         comment = _comment(network, container_id, ifname, veth)
         if _add_to_sets(host.netfilter, addresses, comment):
-            # Where the sets are the rules are as well, unless somebody has emptied the chain.
+            # Where the sets are the rules are as well, unless somebody has emptied the chain. (To refuse costs
+            # the kernel 15 ms, in nf_tables_abort; so a daemon's sweep keeps the sets.)
             networks = {address.network() for address in addresses}
             host.afterwards(lambda: nft.retry(lambda: _complete(host.netfilter, networks)))
         else:
@@ -119,14 +120,15 @@ def check(
             raise CniError(INTERNAL, f"Masquerade rules for {address} on interface {ifname} not found")
 
 
-def sweep(host: Host, live: Callable[[str], bool]) -> int:
+def sweep(host: Host, live: Callable[[str], bool], *, keep_sets: bool = False) -> int:
     """Drop the addresses whose host veth is gone, and what is then empty; returns how many addresses.
 
-    `live` tells of an interface of the host, by name, whether it exists. What names none is left alone.
+    `live` tells of an interface of the host, by name, whether it exists. What names none is left alone. With
+    `keep_sets` sets may become empty, as for a pod to come that would have to wait for new ones.
     """
     known_or_live = asked_once(live)
     try:
-        return nft.retry(lambda: _sweep(host.netfilter, known_or_live))
+        return nft.retry(lambda: _sweep(host.netfilter, known_or_live, keep_sets))
     except ProtocolMissing:
         return 0
 
@@ -249,7 +251,7 @@ def _at(socket: NetlinkSocket, identity: str, addresses: Sequence[Cidr]) -> list
     return [(name, one) for name, one in found if one.comment.startswith(identity)]
 
 
-def _sweep(socket: NetlinkSocket, live: Callable[[str], bool]) -> int:
+def _sweep(socket: NetlinkSocket, live: Callable[[str], bool], keep_sets: bool) -> int:
     # Guarded, as a set must not go while an ADD relies on it.
     change = nft.Transaction(nft.generation(socket))
     sets = _sets(socket)
@@ -258,7 +260,7 @@ def _sweep(socket: NetlinkSocket, live: Callable[[str], bool]) -> int:
         elements = nft.elements(socket, TABLE, name)
         dead = [one for one in elements if _is_dead(one, live)]
         dropped += len(dead)
-        if len(dead) == len(elements):
+        if len(dead) == len(elements) and not keep_sets:
             empty.append(name)
         else:
             change.delete_elements(TABLE, name, dead)

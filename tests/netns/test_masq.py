@@ -424,9 +424,11 @@ def test_many_at_once_beside_sweeps(lab: Wired) -> None:
 
     with ThreadPoolExecutor(5) as threads:
         sweeping = threads.submit(sweep_on)
-        for done in [threads.submit(come_and_go, n) for n in range(4)]:
-            done.result()
-        stop.set()
+        try:
+            for done in [threads.submit(come_and_go, n) for n in range(4)]:
+                done.result()
+        finally:
+            stop.set()
         sweeping.result()
     assert sorted(owners(lab).values()) == sorted(f"t{thread}n{n}" for thread in range(4) for n in (0, 4, 8))
     rules = lab.on(lambda host: nft.rules(host.netfilter, masq.TABLE, masq.CHAIN))
