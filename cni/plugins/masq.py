@@ -65,8 +65,8 @@ def add(
     elif backend in ("", "nftables"):
         comment = _comment(network, container_id, ifname, veth)
         if _add_to_sets(host.netfilter, addresses, comment):
-            # Where the sets are the rules are as well, unless somebody has emptied the chain. (To refuse costs
-            # the kernel 15 ms, in nf_tables_abort; so a daemon's sweep keeps the sets.)
+            # Where the sets are the rules are as well, unless somebody has emptied the chain. A refusal takes
+            # the kernel 15 ms (nf_tables_abort), which is why a daemon's sweep keeps the sets.
             networks = {address.network() for address in addresses}
             host.afterwards(lambda: nft.retry(lambda: _complete(host.netfilter, networks)))
         else:

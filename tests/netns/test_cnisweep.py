@@ -146,6 +146,18 @@ def test_entries_left_from_before_are_dropped_at_the_start(rig: Rig) -> None:
         assert tables_with(rig, SECOND) == TABLES
 
 
+def test_the_sets_wait_for_the_next_pod_until_a_start(rig: Rig) -> None:
+    """Of the last pod that goes the entry is dropped; what any pod needs is spared the next one."""
+    pod = Pod(rig, "c1", 8080)
+    with sweeping(rig) as program:
+        wait_for(lambda: asleep(program.process.pid))
+        pod.vanish()
+        wait_swept(rig, FIRST)
+        assert "set ip-10.1.17.0-24" in rig.host.run("nft list table inet flannel_cni")
+    with sweeping(rig):
+        wait_for(lambda: "flannel_cni\n" not in rig.host.run("nft list tables"))
+
+
 def test_many_pods_that_go_at_once(rig: Rig) -> None:
     """More news than the socket holds: what was lost is made up for."""
     pod = Pod(rig, "c1", 8080)
