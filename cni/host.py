@@ -133,14 +133,6 @@ class Directory:
     def lstat(self, name: str) -> os.stat_result:
         return os.stat(self._base + name, dir_fd=self._above, follow_symlinks=False)
 
-    def has(self, name: str) -> bool:
-        """Whether there is something of that name, a link that leads nowhere too."""
-        try:
-            self.lstat(name)
-        except FileNotFoundError:
-            return False
-        return True
-
     def stat(self, name: str) -> os.stat_result:
         """Of what a link leads to."""
         return os.stat(self._base + name, dir_fd=self._above)

@@ -19,7 +19,7 @@ from cni.net.rtlink import IFA_F_DADFAILED, IFA_F_TENTATIVE, AddressState
 from cni.plugins.bridgegate import Gateway, gateway_of
 from cni.plugins.bridgeport import Changed, await_port, ensure_bridge, plug
 from cni.plugins.ipam import Ipam
-from cni.plugins.links import carry_out, ensure, expect, find, objects, ports, random_mac, try_write
+from cni.plugins.links import carry_out, ensure, expect, find, objects, ports, put, random_mac, try_write
 from cni.spec.address import Cidr, parse_cidr, parse_ip
 
 TYPE_CHECKING = False
@@ -246,7 +246,7 @@ class Attachment:
         try_write(netns.sysctl(f"ipv6/conf/{ifname}/ndisc_notify"), "1")
         for name in ("lo", ifname):
             ensure(netns.sysctl(f"ipv6/conf/{name}/disable_ipv6"), "0", f"enable IPv6 for interface {name}")
-        ensure(netns.sysctl(f"ipv6/conf/{ifname}/keep_addr_on_down"), "1", f"keep the addresses of {ifname}")
+        put(netns.sysctl(f"ipv6/conf/{ifname}/keep_addr_on_down"), "1", f"keep the addresses of {ifname}")
 
     def _settle(self, netns: Netns, ifindex: int) -> None:
         """Wait for the end of duplicate address detection; raises CniError with upstream's words."""

@@ -273,24 +273,21 @@ class HostLocal:
         """An address of each set with its range; if one cannot be had, the others are released."""
         wishes = list(config.requested)
         made: list[tuple[Address, Range]] = []
-        try:
-            for index, one in enumerate(config.sets):
-                wish = next((address for address in wishes if address in one), None)
-                if wish is not None:
-                    wishes.remove(wish)
-                with store.held() as held:
-                    if index == 0:
-                        self._look_back(config.place, held)
+        with store.held() as held:
+            self._look_back(config.place, held)
+            try:
+                for index, one in enumerate(config.sets):
+                    wish = next((address for address in wishes if address in one), None)
+                    if wish is not None:
+                        wishes.remove(wish)
                     made.append(self._take(config.place, held, index, one, wish, owner))
                     used = one.used(held.holdings.taken[one.family])
-                self._tell(config.place.network, index, one, used)
-            _refuse_unplaced(wishes)
-        except BaseException:
-            if made:
-                with store.held() as held:
-                    for address, _ in made:
-                        held.free(address, owner)
-            raise
+                    self._tell(config.place.network, index, one, used)
+                _refuse_unplaced(wishes)
+            except BaseException:
+                for address, _ in made:
+                    held.free(address, owner)
+                raise
         return made
 
     def _take(
