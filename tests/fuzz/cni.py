@@ -58,7 +58,7 @@ class Runner:
     def run(self, seed: int, index: int) -> dict[str, Any]:
         """The record of one case."""
         if index % _BLOCK == 0:
-            self._world.reset()
+            self._reset()
         case = inputs.case(seed, index)
         if case.fresh:
             self._world.clear_files()
@@ -67,8 +67,14 @@ class Runner:
             self._run(case, record, real=index % _SAMPLE == 0)
         except Exception:  # noqa: BLE001 - a finding, of the plugins or of this program
             record["faults"].append(traceback.format_exc())
-            self._world.reset()
+            self._reset()
         return record
+
+    def _reset(self) -> None:
+        """Begin anew; of a bridge that has gone meanwhile the daemon would have an ADD that fails make none."""
+        self._world.reset()
+        if self._warm:
+            self._server._shared.bridges.clear()
 
     def _run(self, case: Case, record: dict[str, Any], real: bool) -> None:
         if case.fresh:
@@ -96,7 +102,7 @@ class Runner:
         after = self._world.state()
         record["state"] = _comparable(after)
         if after.links != before.links or after.nft:
-            self._world.reset()
+            self._reset()
         elif not case.orderly:
             self._world.clear_files()
 
