@@ -71,7 +71,7 @@ class Runner:
         return record
 
     def _reset(self) -> None:
-        """Begin anew; of a bridge that has gone meanwhile the daemon would have an ADD that fails make none."""
+        """Begin anew; the daemon too, which would not make a bridge for an ADD that fails after all."""
         self._world.reset()
         if self._warm:
             self._server._shared.bridges.clear()
