@@ -73,7 +73,7 @@ def serve_once(
 
         saved = before or snapshot.last_known(Path(options.state_dir), origin)
         previous = startup.previous_lease(Path(options.subnet_file), saved)
-        manager = startup.subnet_manager(options, previous, environ)
+        manager = startup.subnet_manager(options, previous, environ, precedence.give_way)
         source = startup.Source(manager, saved, stop, readiness)
         try:
             start = startup.decide(options, kernel, source, previous, saved, claim)

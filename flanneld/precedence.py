@@ -1,4 +1,4 @@
-"""Pods before peers: who programs thousands of peers lets the calls of the CNI plugin through in between.
+"""Pods before peers: who reads or programs thousands of peers lets the calls of the CNI plugin through.
 
 Both need the kernel's one lock for its network configuration, which is not given in the order of asking, and
 Python's own: a pod would wait for most of the peers. Peers that come some milliseconds later harm nobody.
@@ -6,12 +6,13 @@ Python's own: a pod would wait for most of the peers. Peers that come some milli
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Condition
 
-# Under a steady stream of pods the peers still get on: one batch each time.
-_LONGEST_S = 0.02
+# Under a steady stream of pods the peers still get on: after so long for so long.
+_LONGEST_S, _TURN_S = 0.02, 0.005
 
 
 class Precedence:
@@ -20,6 +21,7 @@ class Precedence:
     def __init__(self) -> None:
         self._condition = Condition()
         self._calls = 0
+        self._turn_ends_s = 0.0
 
     @contextmanager
     def call(self) -> Iterator[None]:
@@ -35,7 +37,8 @@ class Precedence:
                     self._condition.notify_all()
 
     def give_way(self) -> None:
-        """Return once no call is being served, or after some time."""
-        if self._calls:
+        """Return once no call is being served, or after some time. It costs nothing if there is none."""
+        if self._calls and time.monotonic() >= self._turn_ends_s:
             with self._condition:
-                self._condition.wait_for(lambda: not self._calls, _LONGEST_S)
+                if not self._condition.wait_for(lambda: not self._calls, _LONGEST_S):
+                    self._turn_ends_s = time.monotonic() + _TURN_S

@@ -99,8 +99,10 @@ def origin(options: Options, kernel: NetlinkKernel, interface: str) -> str:
     return f"{link.mac if link else ''} {options.store.value} {place[options.store]}"
 
 
-def subnet_manager(options: Options, previous: Lease | None, environ: Mapping[str, str]) -> SubnetManager:
-    """The store that the flags ask for; raises ConfigError."""
+def subnet_manager(
+    options: Options, previous: Lease | None, environ: Mapping[str, str], give_way: Callable[[], None]
+) -> SubnetManager:
+    """The store that the flags ask for; raises ConfigError. `give_way` is called between two leases."""
     if options.store is Store.KUBERNETES:
         from flanneld.subnet.kube import KubeManager
 
@@ -127,7 +129,7 @@ def subnet_manager(options: Options, previous: Lease | None, environ: Mapping[st
         )
     from flanneld.subnet.sqlite import SqliteManager
 
-    return SqliteManager(options.lease_db_path, options.net_config_path)
+    return SqliteManager(options.lease_db_path, options.net_config_path, give_way=give_way)
 
 
 class Source:

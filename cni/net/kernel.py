@@ -335,6 +335,8 @@ class NetlinkKernel:
             nlmsg.message(kind, flags | (nlmsg.NLM_F_ACK if seq == last else 0), seq, body)
             for seq, (kind, flags, body) in enumerate(bodies, self._sequence + 1)
         )
+        if self._give_way is not None:  # to who came while all that was put into bytes
+            self._give_way()
         # Before anything can fail: no later request may take this one's answers for its own.
         self._sequence = last
         self._socket.send(buffer)

@@ -63,10 +63,17 @@ _Row = tuple[str | None, str | None, str, float, int]
 
 
 class SqliteManager:
-    """Subnet manager over the file `db_path`, which is made (with its directory) when missing."""
+    """Subnet manager over the file `db_path`, which is made (with its directory) when missing.
+
+    `give_way` is called before each lease that is decoded, of which there may be thousands.
+    """
 
     def __init__(
-        self, db_path: Path | str, net_config_path: Path | str, clock: Callable[[], float] = time.time
+        self,
+        db_path: Path | str,
+        net_config_path: Path | str,
+        clock: Callable[[], float] = time.time,
+        give_way: Callable[[], None] = lambda: None,
     ) -> None:
         self._db_path = Path(db_path).absolute()
         self._net_config_path = Path(net_config_path)
@@ -74,6 +81,8 @@ class SqliteManager:
         self._rng = SystemRandom()
         self._closed = Event()
         self._reported: set[str] = set()
+        self._give_way = give_way
+        self._decoded: dict[_Row, Lease] = {}
 
     @property
     def name(self) -> str:
@@ -173,7 +182,7 @@ class SqliteManager:
         """The leases in force by key, oldest first.
 
         A row that cannot be read is reported and passed over; with `strict`, for those who choose a subnet
-        and must know which are taken, it raises ConfigError.
+        and must know which are taken, it raises ConfigError. Rows of the last time are not decoded again.
         """
         rows = db.execute(
             "SELECT subnet, subnet6, attributes, expires_s, revision FROM lease"
@@ -181,8 +190,13 @@ class SqliteManager:
             (self._clock(),),
         )
         read = self._lease if strict else self._readable
-        leases = (lease for row in rows if (lease := read(row)))
-        return {lease.key: lease for lease in leases}
+        known, decoded = self._decoded, dict[_Row, Lease]()
+        for row in rows:
+            lease = known.get(row) or read(row)
+            if lease is not None:
+                decoded[row] = lease
+        self._decoded = decoded
+        return {lease.key: lease for lease in decoded.values()}
 
     def _readable(self, row: _Row) -> Lease | None:
         """The lease of a row, None for one that cannot be read: it is reported once, the others count on."""
@@ -196,6 +210,7 @@ class SqliteManager:
 
     def _lease(self, row: _Row) -> Lease:
         subnet, subnet6, attributes, expires_s, revision = row
+        self._give_way()
         try:
             return Lease(
                 IPv4Network(subnet) if subnet else None,
