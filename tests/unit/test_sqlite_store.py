@@ -274,3 +274,21 @@ def test_the_configuration_comes_from_the_file(
 
 def test_the_name_shows_the_file(manager: SqliteManager, path: Path) -> None:
     assert manager.name == f"SQLite Local Manager at {path}"
+
+
+def test_a_row_is_decoded_when_it_is_new_or_another(path: Path) -> None:
+    """At each step of a start and each change of a lease all rows are read; those of 5,000 peers take long."""
+    decoded: list[None] = []
+    netconf = path.with_name("net-conf.json")
+    manager = SqliteManager(path, netconf, give_way=lambda: decoded.append(None))
+    others = SqliteManager(path, netconf)
+    mine = manager.acquire(conf(), OWN, None)
+    peers = [IPv4Address(f"9.9.9.{number}") for number in range(10)]
+    for peer in peers:
+        others.acquire(conf(), Attributes(peer), None)
+    assert manager.stored(peers[3]) is not None
+    assert len(decoded) == 11
+    again = others.acquire(conf(), Attributes(peers[3], backend_type="udp"), None)
+    assert manager.stored(peers[3]) == again
+    assert manager.renew(mine).key == mine.key
+    assert len(decoded) == 12
