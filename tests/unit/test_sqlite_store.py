@@ -277,7 +277,7 @@ def test_the_name_shows_the_file(manager: SqliteManager, path: Path) -> None:
 
 
 def test_a_row_is_decoded_when_it_is_new_or_another(path: Path) -> None:
-    """At each step of a start and each change of a lease all rows are read; those of 5,000 peers take long."""
+    """At each step of a start, and at each change, all rows are read; those of 5,000 peers take long."""
     decoded: list[None] = []
     netconf = path.with_name("net-conf.json")
     manager = SqliteManager(path, netconf, give_way=lambda: decoded.append(None))
