@@ -93,6 +93,7 @@ class CniServer:
             raise ConfigError("the kernel has no openat2 (Linux 5.6), or a filter of system calls forbids it")
         self._find = find
         self._precedence = precedence or Precedence()
+        metrics.CNI_IN_FLIGHT.set_function(self._precedence.calls)
         self._own_netns = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         self._own_identity = identity(self._own_netns)
         try:
@@ -211,10 +212,7 @@ class CniServer:
             if call is None or not send(connection, cniwire.HELLO):
                 return  # it has found another way meanwhile
             netns = call.environment.get("CNI_NETNS", "")
-            with (
-                metrics.CNI_IN_FLIGHT.track_inprogress(),
-                closing(WarmHost(self._shared, sockets, passed, netns, call.netns_error)) as host,
-            ):
+            with closing(WarmHost(self._shared, sockets, passed, netns, call.netns_error)) as host:
                 reply, outcome = self._carry_out(connection, call, passed, host)
                 heard = send(connection, reply)
                 took_s = time.monotonic() - call.received_s

@@ -36,6 +36,10 @@ class Precedence:
                 if not self._calls:
                     self._condition.notify_all()
 
+    def calls(self) -> int:
+        """How many are being served."""
+        return self._calls
+
     def give_way(self) -> None:
         """Return once no call is being served, or after some time. It costs nothing if there is none."""
         if self._calls and time.monotonic() >= self._turn_ends_s:

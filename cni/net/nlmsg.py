@@ -72,7 +72,10 @@ def attrs(body: bytes, offset: int = 0) -> dict[int, bytes]:
 
 def first_attr(body: bytes, offset: int, wanted: int) -> bytes:
     """The first attribute of a kind, without a look at those behind it; empty if there is none."""
-    return next((payload for kind, payload in _each_attr(body, offset) if kind == wanted), b"")
+    for kind, payload in _each_attr(body, offset):
+        if kind == wanted:
+            return payload
+    return b""
 
 
 def attr_list(body: bytes, offset: int = 0) -> list[tuple[int, bytes]]:

@@ -14,7 +14,7 @@ from cni.plugins.links import (
     find,
     must_find,
     random_mac,
-    random_name,
+    random_port,
     try_write,
 )
 from cni.spec import gojson
@@ -133,7 +133,7 @@ def _make_pair(
 ) -> Port:
     has_flags = conf.hairpin or conf.isolated
     for _number in range(_NAME_TRIES):
-        name, port_mac = random_name(), random_mac()
+        name, port_mac = random_port()
         steps = [rtlink.make_veth(name, port_mac, ifname, mac, conf.mtu, bridge.ifindex, netns.descriptor)]
         if has_flags:
             steps.append(rtlink.set_port(name, conf.hairpin, conf.isolated))
@@ -199,8 +199,8 @@ def ensure_vlan_link(host: Host, conf: BridgeConf, bridge: LinkState) -> LinkSta
     if found is not None:
         return found
     failed = f'failed to create vlan interface: faild to create vlan gateway "{name}"'
-    port = random_name()
-    wanted = rtlink.make_veth(port, random_mac(), name, random_mac(), bridge.mtu, bridge.ifindex, None)
+    port, mac = random_port()
+    wanted = rtlink.make_veth(port, mac, name, random_mac(), bridge.mtu, bridge.ifindex, None)
     answer = host.route.request(*wanted)
     if answer.errno not in (0, EEXIST):
         raise CniError(INTERNAL, f"{failed}: {answer.reason}")

@@ -110,14 +110,17 @@ class NamespaceLock:
 
 def random_mac() -> str:
     """A unicast MAC of the locally administered kind, as the kernel makes them."""
-    raw = bytearray(os.urandom(6))
-    raw[0] = raw[0] & 0xFE | 0x02
-    return raw.hex(":")
+    return _as_mac(os.urandom(6))
 
 
-def random_name() -> str:
-    """A name for the host's end of a veth pair, as upstream's."""
-    return f"veth{os.urandom(4).hex()}"
+def random_port() -> tuple[str, str]:
+    """A name for the host's end of a veth pair, as upstream's, and a MAC."""
+    raw = os.urandom(10)
+    return f"veth{raw[6:].hex()}", _as_mac(raw[:6])
+
+
+def _as_mac(raw: bytes) -> str:
+    return bytes((raw[0] & 0xFE | 0x02, *raw[1:])).hex(":")
 
 
 def objects(record: gojson.Object, name: str) -> list[gojson.Object]:

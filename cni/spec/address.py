@@ -12,6 +12,11 @@ _DIGITS = frozenset("0123456789")
 _HEX_DIGITS = frozenset("0123456789abcdefABCDEF")
 _MAPPED = 0xFFFF << 32  # ::ffff:0:0/96, RFC 4291 section 2.5.5.2
 
+# One ADD reads and prints the same few addresses a dozen times, and those of the next differ by one.
+_MOST_KNOWN = 256
+_parsed: dict[str, tuple[int, int]] = {}
+_formatted: dict[tuple[int, int], str] = {}
+
 
 class Cidr:
     """An address and its prefix length; host bits are kept. `family` is 4 or 6."""
@@ -57,6 +62,16 @@ def parse_cidr(text: str) -> Cidr:
 
 def parse_ip(text: str) -> tuple[int, int]:
     """The address as (family, integer); raises ValueError with Go's words."""
+    found = _parsed.get(text)
+    if found is None:
+        found = _parse_ip(text)
+        if len(_parsed) >= _MOST_KNOWN:
+            _parsed.clear()
+        _parsed[text] = found
+    return found
+
+
+def _parse_ip(text: str) -> tuple[int, int]:
     value = _parse_v6(text) if ":" in text else _parse_v4(text)
     if value is None:
         raise ValueError(f"invalid IP address: {text}")
@@ -67,6 +82,16 @@ def parse_ip(text: str) -> tuple[int, int]:
 
 def format_ip(family: int, value: int) -> str:
     """The address as Go prints it."""
+    found = _formatted.get((family, value))
+    if found is None:
+        found = _format_ip(family, value)
+        if len(_formatted) >= _MOST_KNOWN:
+            _formatted.clear()
+        _formatted[family, value] = found
+    return found
+
+
+def _format_ip(family: int, value: int) -> str:
     if family == 4:
         return ".".join(str(value >> shift & 0xFF) for shift in (24, 16, 8, 0))
     groups = [value >> shift & 0xFFFF for shift in range(112, -1, -16)]
