@@ -3,10 +3,16 @@
 The order is upstream's: bridge, veth pair, rules against spoofing, address, container, gateway, masquerade.
 Each netlink message that is left out or sent together with another is time off every pod's start:
 
-    host        is there a bridge?   its addresses   veth pair, up, port of the bridge, its flags
+    host        is there a bridge?   its addresses     both only if the last ADD does not know (`KnownBridge`)
+    host        veth pair, up, port of the bridge, its flags; bridge and addresses are as they were?
     container   addresses, link up, routes: one batch
-    host        is the port up?
+                then the answer
+    host        the port's setting, forwarding; is the port up?
     container   the addresses announced
+
+Decision: what comes after the answer is what the pod's first process, started later by some milliseconds, finds
+done in any case. Both ends of the pair are up by then, so that the port is as well; the kernel only has not
+told the bridge yet. Upstream waits for that, and fails when it does not come; here it is logged.
 """
 
 from __future__ import annotations
