@@ -10,7 +10,7 @@ Each netlink message that is left out or sent together with another is time off 
     host        the port's setting, forwarding; is the port up?
     container   the addresses announced
 
-Decision: what comes after the answer is what the pod's first process, started later by some milliseconds, finds
+Decision: what comes after the answer is what the pod's first process, started some milliseconds later, finds
 done in any case. Both ends of the pair are up by then, so that the port is as well; the kernel only has not
 told the bridge yet. Upstream waits for that, and fails when it does not come; here it is logged.
 """
