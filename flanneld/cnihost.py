@@ -219,17 +219,20 @@ class Shared:
             os.close(descriptor)
 
     def settings(self, family: str, root: int) -> int | None:
-        """The directory of the settings of `ipv4` or `ipv6` in this namespace; None if the kernel has none.
+        """The directory of the settings of `ipv4` or `ipv6` in this namespace; None if it cannot be had.
 
-        That of the first runtime, whose `root` it is, as our own may be for reading only. (What /proc/sys/net
-        shows is the namespace of the thread that looks, wherever /proc is mounted.) It is kept: a runtime's
-        mounts may be gone when it has its answer.
+        That of the first runtime which may write there, as it is not said that we may; `root` is the root of
+        this one. (What /proc/sys/net shows is the namespace of the thread that looks, wherever /proc is
+        mounted.) It is kept: a runtime's mounts may be gone when it has its answer.
         """
         found = self._settings.get(family)
         if found is None:
             with suppress(OSError):
                 path = f"proc/sys/net/{family}"
                 opened = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root)
+                if os.fstatvfs(opened).f_flag & os.ST_RDONLY:
+                    os.close(opened)
+                    return None
                 found = self._settings.setdefault(family, opened)
                 if found != opened:  # by another thread
                     os.close(opened)

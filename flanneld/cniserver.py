@@ -212,8 +212,12 @@ class CniServer:
             if call is None or not send(connection, cniwire.HELLO):
                 return  # it has found another way meanwhile
             netns = call.environment.get("CNI_NETNS", "")
-            with closing(WarmHost(self._shared, sockets, passed, netns, call.netns_error)) as host:
-                reply, outcome = self._carry_out(connection, call, passed, host)
+            # One at a time of a container, with what comes after the answer.
+            with (
+                self._turns.of(call.container_id, call.patience_s, lambda: not _has_gone(connection)) as ours,
+                closing(WarmHost(self._shared, sockets, passed, netns, call.netns_error)) as host,
+            ):
+                reply, outcome = self._carry_out(call, passed, host, ours)
                 heard = send(connection, reply)
                 took_s = time.monotonic() - call.received_s
         metrics.cni_served(call.name, call.command, outcome, took_s)
@@ -244,31 +248,28 @@ class CniServer:
                 raise WireError("it did not arrive in time") from None
         return Call(header, bytes(data))
 
-    def _carry_out(
-        self, connection: socket.socket, call: Call, passed: Passed, host: WarmHost
-    ) -> tuple[bytes, str | int]:
-        """The reply, and the outcome for the statistics."""
+    def _carry_out(self, call: Call, passed: Passed, host: WarmHost, ours: bool) -> tuple[bytes, str | int]:
+        """The reply, and the outcome for the statistics. `ours`: its turn has come."""
         try:
-            response = self._response(connection, call, passed, host)
+            response = self._response(call, passed, host, ours)
         except Declined as exc:
             logger.log(V2, "CNI %s of %s is left to the plugin: %s", *_called(call), exc)
             return cniwire.declined(), "declined"
         stderr = response.stderr.encode("utf-8", "replace")
         return cniwire.answer(response.exit_code, response.stdout, stderr), _outcome(response)
 
-    def _response(self, connection: socket.socket, call: Call, passed: Passed, host: WarmHost) -> Response:
+    def _response(self, call: Call, passed: Passed, host: WarmHost, ours: bool) -> Response:
         """What the plugin says; raises Declined if it was not begun."""
         if passed.identity(cniwire.OWN) != self._own_identity:
             raise Declined("the runtime lives in another network namespace than flanneld")
         make = self._find(call.name)
         if make is None:
             raise Declined("there is no such plugin")
-        with self._turns.of(call.container_id, call.patience_s, lambda: not _has_gone(connection)) as ours:
-            if not ours:
-                raise Declined("the runtime has given up waiting")
-            if self._stopping.is_set():
-                raise Declined("flanneld stops")
-            return handle(Request(call.environment, call.stdin, self._load), make(host))
+        if not ours:
+            raise Declined("the runtime has given up waiting")
+        if self._stopping.is_set():
+            raise Declined("flanneld stops")
+        return handle(Request(call.environment, call.stdin, self._load), make(host))
 
     def _load(self, stdin: bytes) -> gojson.Object:
         return self._shared.memo.known(gojson.load_object, stdin)

@@ -68,8 +68,7 @@ class Sweeper:
         gone = is_first = True
         while not self._stop.is_set():
             if gone:
-                self._sweep(keep_sets=not is_first)
-                is_first = False
+                is_first = not self._sweep(keep_sets=not is_first) and is_first
             poll.poll()
             self._stop.wait(_SETTLE_S)
             gone = self._hear()
@@ -87,16 +86,18 @@ class Sweeper:
                     raise
             gone = True  # or: some messages were lost
 
-    def _sweep(self, *, keep_sets: bool) -> None:
+    def _sweep(self, *, keep_sets: bool) -> bool:
+        """Whether it could be done."""
         try:
             dropped = masq.sweep(self._host, self._is_there, keep_sets=keep_sets)
             dropped += sum(plugin.sweep(self._host, self._is_there) for plugin in (macspoof, portmap))
         except NetworkError as exc:
             self._failures.trouble(f"Firewall entries of pods that are gone may stay: {exc}")
-            return
+            return False
         self._failures.over("Firewall entries of pods that are gone can be dropped again")
         if dropped:
             logger.info("Dropped %d firewall entries of pods that are gone", dropped)
+        return True
 
     def _is_there(self, link: str) -> bool:
         return find(self._host.route, link) is not None

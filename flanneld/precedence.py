@@ -21,7 +21,7 @@ class Precedence:
     def __init__(self) -> None:
         self._condition = Condition()
         self._calls = 0
-        self._turn_ends_s = 0.0
+        self._waited_s = self._turn_ends_s = 0.0
 
     @contextmanager
     def call(self) -> Iterator[None]:
@@ -42,7 +42,12 @@ class Precedence:
 
     def give_way(self) -> None:
         """Return once no call is being served, or after some time. It costs nothing if there is none."""
-        if self._calls and time.monotonic() >= self._turn_ends_s:
-            with self._condition:
-                if not self._condition.wait_for(lambda: not self._calls, _LONGEST_S):
-                    self._turn_ends_s = time.monotonic() + _TURN_S
+        began_s = time.monotonic() if self._calls else 0.0
+        if began_s <= self._turn_ends_s:
+            return
+        with self._condition:
+            self._condition.wait_for(lambda: not self._calls, _LONGEST_S)
+            now_s = time.monotonic()
+            self._waited_s += now_s - began_s
+            if self._waited_s >= _LONGEST_S:
+                self._waited_s, self._turn_ends_s = 0.0, now_s + _TURN_S

@@ -10,9 +10,9 @@ Each netlink message that is left out or sent together with another is time off 
     host        the port's setting, forwarding; is the port up?
     container   the addresses announced
 
-Decision: what comes after the answer is what the pod's first process, started some milliseconds later, finds
-done in any case. Both ends of the pair are up by then, so that the port is as well; the kernel only has not
-told the bridge yet. Upstream waits for that, and fails when it does not come; here it is logged.
+Decision: after the answer comes what nobody relies on within a millisecond, and what may be done beside the
+next plugin of the chain. Both ends of the pair are up by then, and so is the port; but the kernel has not told
+the bridge yet. Upstream waits for that, and fails when it does not come; here it is logged.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Attachment:
     def _known(self) -> KnownBridge | None:
         """What is known of the bridge, unless this ADD needs more of it."""
         conf = self._conf
-        if self._ipam is None or conf.promiscuous or not conf.gateway:
+        if self._ipam is None or conf.promiscuous or conf.vlan or not conf.gateway:
             return None
         return self._host.bridges.get(conf.bridge)
 
@@ -160,7 +160,7 @@ class Attachment:
             if extra is not None:
                 interfaces.append({"name": extra.name, "mac": extra.mac})
             else:
-                self._learn(self._gateway, [gateway_of(ip) for ip in ips])
+                self._learn(self._gateway, [gateway_of(ip) for ip in ips], port.name)
         if conf.masquerade:
             from cni.plugins import masq
 
@@ -182,8 +182,12 @@ class Attachment:
             made["dns"] = allotted["dns"]
         return made
 
-    def _learn(self, gateway: Gateway, gateways: list[Cidr]) -> None:
-        """Spare the next ADD what this one found out, or look after the answer whether it still holds."""
+    def _learn(self, gateway: Gateway, gateways: list[Cidr], own_port: str) -> None:
+        """Spare the next ADD what this one found out, or look after the answer whether it still holds.
+
+        That is for what the kernel's confirmation leaves open: forwarding, an IPv6 address of another prefix
+        length, an address that was there only because another ADD tried it.
+        """
         bridges, name = self._host.bridges, self._conf.bridge
         if bridges.get(name) is None:
             bridges[name] = gateway.learned(gateways)
@@ -191,8 +195,8 @@ class Attachment:
 
         def look_again() -> None:
             try:
-                gateway.look_again()
-            except CniError:
+                gateway.set_up_again(gateways, own_port)
+            except (CniError, KernelError):
                 bridges.pop(name, None)
                 raise
 
@@ -285,7 +289,9 @@ class Attachment:
         if self._conf.interface_down:
             return
         await_port(self._host, port)
-        if not self._addresses:
+        now = netns.route.request(*rtlink.get_link(ifindex=port.peer))
+        # The next plugin of the chain, or the pod, may have given it another.
+        if not self._addresses or not any(rtlink.mac_of(message.body) == mac for message in now.messages):
             return
         netns.route.request(*rtlink.set_link(port.peer, mac=mac))
         known = [cidr for cidr in self._addresses if (cidr.family, cidr.value) in self._users.known]

@@ -61,10 +61,11 @@ class Gateway:
         """What the next pod's ADD need not find out: those gateways, which are set up, and forwarding."""
         return KnownBridge(self._link, frozenset(gateways), frozenset(self._forwarding))
 
-    def look_again(self) -> None:
-        """Switch forwarding on where it was known to be, and is not; raises CniError."""
-        for family in self._forwarding:
-            ensure(self._host.sysctl(FORWARDING[family]), "1", "enable forwarding")
+    def set_up_again(self, wanted: list[Cidr], own_port: str) -> None:
+        """`set_up` that takes nothing for known."""
+        self._present.clear()
+        self._forwarding.clear()
+        self.set_up(wanted, own_port)
 
     @property
     def _failed(self) -> str:
@@ -80,6 +81,7 @@ class Gateway:
 
     def _put(self, cidr: Cidr, own_port: str) -> None:
         """Give the link an address, in the place of those that it cannot stand beside."""
+        self._present.pop(cidr.family, None)  # of what is known some may be left out
         if not self._clashes(cidr):
             self._add(cidr)
             return

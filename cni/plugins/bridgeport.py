@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _NAME_TRIES = 10
 _DEFAULT_VLAN = 1
 _NO_MAC = "00:00:00:00:00:00"
-_PORT_UP_S, _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.55, 0.001, 0.05
+_PORT_UP_S, _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 0.001, 0.05
 
 
 class Port:
@@ -67,13 +67,14 @@ class KnownBridge:
         """Give the bridge addresses that it has: what the kernel refuses is there."""
         return [rtlink.add_address(self.link.ifindex, cidr) for cidr in self.gateways]
 
-    def is_confirmed(self, host: Host, answers: list[Answer], after: Answer) -> bool:
-        """Whether all is as it was, by the answers to the questions and one about the link."""
+    def confirm(self, host: Host, answers: list[Answer], after: Answer) -> None:
+        """Raise Changed unless all is as it was, by the answers to the questions and one about the link."""
         missing = [cidr for cidr, one in zip(self.gateways, answers, strict=True) if one.errno == 0]
         # Whether they may stand beside what else is there is yet to be seen.
         host.route.transact([rtlink.drop_address(self.link.ifindex, cidr) for cidr in missing])
         is_same = any(rtlink.is_still(message.body, self.link) for message in after.messages)
-        return is_same and all(one.errno == EEXIST for one in answers)
+        if not is_same or any(one.errno != EEXIST for one in answers):
+            raise Changed
 
 
 def ensure_bridge(host: Host, conf: BridgeConf) -> LinkState:
@@ -112,25 +113,6 @@ def plug(
     `ifname` and `mac` are the container's. Raises CniError, KernelError, and Changed if the bridge is no
     longer what is `known` of it.
     """
-    port = _make_pair(host, conf, bridge, netns, ifname, mac, known)
-    try:
-        _tag(host, conf, port, conf.trunk)
-    except (CniError, KernelError):
-        host.delete_link(host.route, port.name)
-        raise
-    host.afterwards(lambda: try_write(host.sysctl(f"ipv6/conf/{port.name}/accept_ra"), "0"))
-    return port
-
-
-def _make_pair(
-    host: Host,
-    conf: BridgeConf,
-    bridge: LinkState,
-    netns: Netns,
-    ifname: str,
-    mac: str,
-    known: KnownBridge | None,
-) -> Port:
     has_flags = conf.hairpin or conf.isolated
     for _number in range(_NAME_TRIES):
         name, port_mac = random_port()
@@ -140,26 +122,44 @@ def _make_pair(
         if known is not None:
             steps += known.questions()
         made, *rest, after = host.route.transact([*steps, rtlink.get_link(ifindex=bridge.ifindex)])
-        if known is not None and not known.is_confirmed(host, rest[has_flags:], after):
+        flags, answers = rest[:has_flags], rest[has_flags:]
+        try:
+            if known is not None:
+                known.confirm(host, answers, after)
+            if made.errno == 0:
+                port = _port(host, name, port_mac, made)
+                _set_up(host, conf, bridge, port, flags, after)
+                return port
+        except (CniError, KernelError, Changed):
             if made.errno == 0:
                 host.delete_link(host.route, name)
-            raise Changed
-        if made.errno == 0:
-            if has_flags and rest[0].errno:
-                host.delete_link(host.route, name)
-                raise CniError(INTERNAL, f"failed to setup hairpin mode for {name}: {rest[0].reason}")
-            _pin_mac(host, bridge, after)
-            if made.messages:
-                return Port(name, port_mac, *rtlink.ends_of(made.messages[0].body))
-            # A kernel before 6.1 does not tell.
-            found = must_find(host.route, name, f'failed to lookup "{name}"')
-            return Port(name, port_mac, found.ifindex, found.peer)
+            raise
         if made.errno != EEXIST:
             raise CniError(INTERNAL, f"failed to make veth pair: {made.reason}")
         if find(netns.route, ifname) is not None:
             text = f'container veth name ("{ifname}") peer provided ("{name}") already exists'
             raise CniError(INTERNAL, text)
     raise CniError(INTERNAL, f"failed to make veth pair: no free name in {_NAME_TRIES} tries")
+
+
+def _port(host: Host, name: str, mac: str, made: Answer) -> Port:
+    """The host's end of the pair that was made."""
+    if made.messages:
+        return Port(name, mac, *rtlink.ends_of(made.messages[0].body))
+    # A kernel before 6.1 does not tell.
+    found = must_find(host.route, name, f'failed to lookup "{name}"')
+    return Port(name, mac, found.ifindex, found.peer)
+
+
+def _set_up(
+    host: Host, conf: BridgeConf, bridge: LinkState, port: Port, flags: list[Answer], after: Answer
+) -> None:
+    """What a port has besides: its flags, by the answer that they were given, VLANs, and no routes."""
+    for answer in flags:
+        expect(answer, f"failed to setup hairpin mode for {port.name}")
+    _pin_mac(host, bridge, after)
+    _tag(host, conf, port, conf.trunk)
+    host.afterwards(lambda: try_write(host.sysctl(f"ipv6/conf/{port.name}/accept_ra"), "0"))
 
 
 def _pin_mac(host: Host, bridge: LinkState, after: Answer) -> None:
@@ -217,7 +217,10 @@ def ensure_vlan_link(host: Host, conf: BridgeConf, bridge: LinkState) -> LinkSta
 
 
 def await_port(host: Host, port: Port) -> None:
-    """Return once the port is up, or gone; the kernel needs a moment at most, and mostly none."""
+    """Return once the port is up, or gone; the kernel needs a moment at most, and mostly none.
+
+    Raises CniError if it does not come up. (Somebody may have taken the pod's end down by now.)
+    """
     deadline, pause = time.monotonic() + _PORT_UP_S, _FIRST_PAUSE_S
     while True:
         answer = host.route.request(*rtlink.get_link(ifindex=port.ifindex))

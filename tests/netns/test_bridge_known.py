@@ -5,15 +5,27 @@ Whatever somebody does to the bridge between two ADDs, the second does what it w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
+from cni.errors import CniError
+from cni.local import LocalHost
+from cni.plugins.bridge import Bridge
+from cni.plugins.bridgeport import KnownBridge
+from cni.spec.request import Request
 from tests.fuzz import shim_rig
+from tests.netns import firewall_fixtures
 from tests.netns.bridge_fixtures import GATEWAYS, Document, Rig, Subject, new_rig, text_of
-from tests.netns.cni_fixtures import Namespace, pings, wait_for
+from tests.netns.cni_fixtures import Namespace, attachment, pings, wait_for
 from tests.netns.cniserver_fixtures import Server
+
+T = TypeVar("T")
 
 
 class Warm(Subject):
@@ -173,5 +185,111 @@ def test_settings_of_the_container_are_there_with_the_answer(rig: Rig, family: s
     name, value = ("ipv4", "1") if setting == "arp_notify" else ("ipv6", "0")
     assert rig.sysctl(f"{name}/conf/eth0/{setting}", pod) == value
     pod.run(f"sysctl -qw net.{name}.conf.eth0.{setting}=7")
-    rig.check(rig.conf(family), {}, "c2", netns=pod)  # takes its turn behind what comes after the answer
+    rig.check(rig.conf(family), {}, "c2", netns=pod)  # has its turn when what comes after the answer is done
     assert rig.sysctl(f"{name}/conf/eth0/{setting}", pod) == "7"
+
+
+def test_another_network_is_not_forwarded_for_ipv4_alone(rig: Rig, family: str) -> None:
+    """What was switched on for one pod is nothing that the next one needs."""
+    rig.host.run("sysctl -qw net.ipv6.conf.all.forwarding=0")
+    pod = rig.node.namespace("second")
+    conf = rig.conf("v4")
+    rig.add(conf, "c2", netns=pod)
+    rig.delete(conf, "c2", netns=pod)
+    assert rig.sysctl("ipv6/conf/all/forwarding") == "0"
+
+
+def test_a_vlan_has_a_gateway_of_its_own(rig: Rig, family: str) -> None:
+    """Without the bridge, and without VLANs in the kernel, the error is about the bridge."""
+    rig.host.run("ip link delete cni0")
+    error = rig.refused("ADD", rig.conf(family, vlan=100), "c2", netns=rig.node.namespace("second"))
+    assert text_of(error).startswith('failed to create bridge "cni0": could not add "cni0": ')
+
+
+class Late(LocalHost):
+    """The plugin's host in this process, which keeps what comes after the answer for `finish`."""
+
+    def __init__(self, bridges: dict[str, KnownBridge]) -> None:
+        super().__init__(print, {})
+        self.bridges = bridges
+        self._later: list[Callable[[], object]] = []
+
+    def afterwards(self, step: Callable[[], object]) -> None:
+        self._later.append(step)
+
+    def finish(self) -> None:
+        for step in self._later:
+            step()
+
+    def close(self) -> None:
+        for opened in (self._route, self._netns and self._netns[1].route):
+            if opened:
+                opened.close()
+        if self._netns:
+            for number in (self._netns[1].descriptor, *self._netns[1].sysctls.values()):
+                os.close(number)
+
+
+@pytest.fixture
+def attached(rig: Rig, family: str) -> Iterator[tuple[Late, Namespace, Document]]:
+    """A second pod of a bridge that is known, whose ADD has answered and no more: host, namespace, result."""
+    known: dict[str, KnownBridge] = {}
+    pod = rig.node.namespace("second")
+    stdin = json.dumps(rig.conf(family)).encode()
+
+    def call(container: str, netns: Namespace) -> tuple[Late, Document]:
+        host = Late(known)
+        environment = {"CNI_COMMAND": "ADD", "CNI_PATH": "/none", **attachment(container, netns)}
+        return host, Bridge(host).add(Request(environment, stdin))
+
+    def both() -> tuple[Late, Document]:
+        with closing(call("c8", rig.node.namespace("first"))[0]) as first:
+            first.finish()
+        assert known
+        return call("c9", pod)
+
+    host, result = inside(rig, both)
+    with closing(host):
+        yield host, pod, result
+
+
+def inside(rig: Rig, step: Callable[[], T]) -> T:
+    return firewall_fixtures.Namespace(rig.host.name).call(step)
+
+
+def test_a_mac_that_another_plugin_gave_stays(rig: Rig, attached: tuple[Late, Namespace, Document]) -> None:
+    """As `tuning` does, which may come before what comes after the answer."""
+    host, pod, result = attached
+    assert rig.link("eth0", pod)["address"] == result["interfaces"][2]["mac"]
+    pod.run("ip link set eth0 address 02:00:00:00:be:ef")
+    inside(rig, host.finish)
+    assert rig.link("eth0", pod)["address"] == "02:00:00:00:be:ef"
+
+
+def test_a_gateway_that_another_add_only_tried(
+    rig: Rig, family: str, attached: tuple[Late, Namespace, Document]
+) -> None:
+    """It was there when the kernel confirmed it, and is put back."""
+    host, _pod, _result = attached
+    for gateway in GATEWAYS[family]:
+        rig.host.run(f"ip address delete {gateway} dev cni0")
+    inside(rig, host.finish)
+    assert gateways(rig) == sorted(GATEWAYS[family])
+    assert "cni0" in host.bridges
+
+
+def test_a_gateway_that_is_lost_is_not_known_any_more(
+    rig: Rig, attached: tuple[Late, Namespace, Document]
+) -> None:
+    host, _pod, _result = attached
+    rig.host.run("ip address delete 10.1.17.1/24 dev cni0")
+    rig.host.run("ip address add 10.9.9.1/24 dev cni0")
+    with pytest.raises(CniError, match="already has an IP address different from"):
+        inside(rig, host.finish)
+    assert "cni0" not in host.bridges
+
+
+def test_a_pod_that_is_gone_by_then(rig: Rig, attached: tuple[Late, Namespace, Document]) -> None:
+    host, pod, _result = attached
+    pod.run("ip link delete eth0")
+    inside(rig, host.finish)

@@ -45,7 +45,7 @@ def test_a_call_without_end_does_not_stop_everything() -> None:
         assert 0.01 < time.monotonic() - began < 5.0
 
 
-def test_who_was_kept_waiting_for_nothing_gets_a_turn() -> None:
+def test_who_was_kept_waiting_long_enough_gets_a_turn() -> None:
     """However often it gives way: thousands of leases are not decoded at one each 20 ms."""
     precedence = Precedence()
     with precedence.call():
