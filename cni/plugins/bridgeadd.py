@@ -11,8 +11,8 @@ Each netlink message that is left out or sent together with another is time off 
     container   the addresses announced
 
 Decision: after the answer comes what nobody relies on within a millisecond, and what may be done beside the
-next plugin of the chain. Both ends of the pair are up by then, and so is the port; but the kernel has not told
-the bridge yet. Upstream waits for that, and fails when it does not come; here it is logged.
+next plugin of the chain. Both ends of the pair are up by then, and so is the port; but the kernel has not
+told the bridge yet. Upstream waits for that, and fails when it does not come; here it is logged.
 """
 
 from __future__ import annotations
