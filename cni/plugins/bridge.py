@@ -138,7 +138,10 @@ class Bridge:
 
     def _forget_neighbours(self, conf: BridgeConf, addresses: list[Cidr]) -> None:
         """What the host knows of the addresses is wrong from now on."""
-        bridge = find(self._host.route, conf.bridge) if addresses else None
+        if not addresses:
+            return
+        known = self._host.bridges.get(conf.bridge)
+        bridge = known.link if known is not None else find(self._host.route, conf.bridge)
         if bridge is not None:
             self._host.route.transact([rtlink.drop_neighbour(bridge.ifindex, cidr) for cidr in addresses])
 

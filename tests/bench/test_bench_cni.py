@@ -33,7 +33,7 @@ from tests.lab.cluster import Cluster
 from tests.lab.node import CNI_BIN, FROZEN, Node
 
 ROUNDS, FEW_ROUNDS, FIRST_ROUNDS = 40, 15, 25
-POD_COUNT, POD_ROUNDS = 110, 2
+POD_COUNT, POD_ROUNDS = 110, 5
 UP, DOWN = (1, 2, 4, 8, 16, 32, 64, POD_COUNT), (55, 27, 13, 6, 3, 1, 0)
 PEERS, STARTS = 5000, 4
 CALLS, CALLS_AT_ONCE, FIRST_CALLS = 10_000, 25, 1_000
