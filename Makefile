@@ -69,7 +69,7 @@ unit: $(VENV)/.done ## tests that need neither root nor the network
 
 test: build image guest-kernel lint ## everything, on real parts (needs root)
 	@$(PY) -m pytest --numprocesses=auto tests/unit tests/netns
-	@$(PY) -m pytest tests/e2e
+	@$(PY) -m pytest --numprocesses=auto --dist=loadfile tests/e2e
 
 bench: build ## timings beside the real peers
 	@$(PY) -m pytest -q -s tests/bench
