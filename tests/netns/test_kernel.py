@@ -629,6 +629,7 @@ def test_a_failed_batch_leaves_no_answers_for_the_next(up: Node) -> None:
 def quiet(node: Node) -> None:
     """Wait until the kernel has told of the IPv6 addresses that were put: it does so a little later."""
     wait_for(lambda: node.run("ip -6 addr show tentative scope global") == "")
+    node.run("ip link set lo up")  # waits for the lock under which the kernel does that, up to the telling
 
 
 @pytest.fixture
