@@ -67,7 +67,10 @@ lint: $(VENV)/.done ## format, lint, types, import direction
 unit: $(VENV)/.done ## tests that need neither root nor the network
 	@$(PY) -m pytest -q --numprocesses=auto tests/unit
 
-test: build image guest-kernel lint ## everything, on real parts (needs root)
+root:
+	@[ "$$(id -u)" = 0 ] || { echo "must run as root, since it makes network namespaces: sudo make $(MAKECMDGOALS)"; exit 1; }
+
+test: root build image guest-kernel lint ## everything, on real parts (needs root)
 	@$(PY) -m pytest --numprocesses=auto tests/unit tests/netns
 	@$(PY) -m pytest --numprocesses=auto --dist=loadfile tests/e2e
 
@@ -83,4 +86,4 @@ clean: ## remove everything that was made here
 	@rm -rf build dist $(VENV) packaging/apt.done .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup build image guest-kernel demo demo-vm demo-down lint unit test bench lock clean
+.PHONY: help root setup build image guest-kernel demo demo-vm demo-down lint unit test bench lock clean

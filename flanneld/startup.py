@@ -102,7 +102,7 @@ def origin(options: Options, kernel: NetlinkKernel, interface: str) -> str:
 def subnet_manager(
     options: Options, previous: Lease | None, environ: Mapping[str, str], give_way: Callable[[], None]
 ) -> SubnetManager:
-    """The store that the flags ask for; raises ConfigError. `give_way` is called between two leases."""
+    """The store that the flags ask for; raises ConfigError. `give_way` is for the embedded one's leases."""
     if options.store is Store.KUBERNETES:
         from flanneld.subnet.kube import KubeManager
 

@@ -67,7 +67,7 @@ class NetlinkKernel:
     before each batch that is written: who has more urgent business with the kernel goes first.
     """
 
-    def __init__(self, give_way: Callable[[], None] | None = None) -> None:
+    def __init__(self, give_way: Callable[[], None] = lambda: None) -> None:
         self._give_way = give_way
         try:
             self._socket = _open()
@@ -309,8 +309,7 @@ class NetlinkKernel:
     def _send_batches(self, operations: Sequence[Operation], links: Mapping[str, LinkInfo]) -> list[Refused]:
         refused: list[Refused] = []
         for start in range(0, len(operations), _BATCH):
-            if self._give_way is not None:
-                self._give_way()
+            self._give_way()
             refused += self._send_batch(operations[start : start + _BATCH], links)
         return refused
 
@@ -335,8 +334,7 @@ class NetlinkKernel:
             nlmsg.message(kind, flags | (nlmsg.NLM_F_ACK if seq == last else 0), seq, body)
             for seq, (kind, flags, body) in enumerate(bodies, self._sequence + 1)
         )
-        if self._give_way is not None:  # to who came while all that was put into bytes
-            self._give_way()
+        self._give_way()  # to who came while all that was put into bytes
         # Before anything can fail: no later request may take this one's answers for its own.
         self._sequence = last
         self._socket.send(buffer)

@@ -67,7 +67,7 @@ class LinkState:
 
     __slots__ = (
         *("_info", "ifindex", "mac", "master", "mtu", "name"),
-        *("oper_up", "peer", "promiscuity", "up"),
+        *("peer", "promiscuity", "up"),
     )
 
     def __init__(self, body: bytes) -> None:
@@ -78,7 +78,6 @@ class LinkState:
         self.mac = mac_text(found.get(_IFLA_ADDRESS, b""))
         self.mtu = _number(found, _IFLA_MTU)
         self.up = bool(flags & _IFF_UP)
-        self.oper_up = found.get(_IFLA_OPERSTATE) == bytes([_OPER_UP])
         self.master = _number(found, _IFLA_MASTER)
         self.peer = _number(found, _IFLA_LINK)
         self.promiscuity = _number(found, _IFLA_PROMISCUITY)
@@ -107,12 +106,10 @@ def mac_of(body: bytes) -> str:
 def is_still(body: bytes, link: LinkState) -> bool:
     """Whether an answer is about that link, which is up and has the name and the MAC that it had."""
     _af, _type, ifindex, flags, _change = _IFINFO.unpack_from(body)
-    is_up = ifindex == link.ifindex and bool(flags & _IFF_UP)
-    return (
-        is_up
-        and first_attr(body, _IFINFO.size, _IFLA_IFNAME) == link.name.encode() + b"\0"
-        and mac_of(body) == link.mac
-    )
+    if ifindex != link.ifindex or not flags & _IFF_UP:
+        return False
+    name = first_attr(body, _IFINFO.size, _IFLA_IFNAME)
+    return name == link.name.encode() + b"\0" and mac_of(body) == link.mac
 
 
 def ends_of(body: bytes) -> tuple[int, int]:
@@ -122,7 +119,7 @@ def ends_of(body: bytes) -> tuple[int, int]:
 
 
 def is_oper_up(body: bytes) -> bool:
-    """`LinkState(body).oper_up`, for who wants nothing else."""
+    """Whether a link's operational state is up (RFC 2863, as the kernel keeps it)."""
     return first_attr(body, _IFINFO.size, _IFLA_OPERSTATE) == bytes([_OPER_UP])
 
 

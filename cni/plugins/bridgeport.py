@@ -127,7 +127,7 @@ def plug(
             if known is not None:
                 known.confirm(host, answers, after)
             if made.errno == 0:
-                port = _port(host, name, port_mac, made)
+                port = _port(host, name, port_mac, made, f'failed to lookup "{name}"')
                 _set_up(host, conf, bridge, port, flags, after)
                 return port
         except (CniError, KernelError, Changed):
@@ -142,12 +142,12 @@ def plug(
     raise CniError(INTERNAL, f"failed to make veth pair: no free name in {_NAME_TRIES} tries")
 
 
-def _port(host: Host, name: str, mac: str, made: Answer) -> Port:
-    """The host's end of the pair that was made."""
+def _port(host: Host, name: str, mac: str, made: Answer, failed: str) -> Port:
+    """The host's end of the pair that was made; the error that it is gone begins with `failed`."""
     if made.messages:
         return Port(name, mac, *rtlink.ends_of(made.messages[0].body))
     # A kernel before 6.1 does not tell.
-    found = must_find(host.route, name, f'failed to lookup "{name}"')
+    found = must_find(host.route, name, failed)
     return Port(name, mac, found.ifindex, found.peer)
 
 
@@ -206,8 +206,7 @@ def ensure_vlan_link(host: Host, conf: BridgeConf, bridge: LinkState) -> LinkSta
         raise CniError(INTERNAL, f"{failed}: {answer.reason}")
     if answer.errno == 0:
         try:
-            made = must_find(host.route, port, failed)
-            _tag(host, conf, Port(port, made.mac, made.ifindex, made.peer), ())
+            _tag(host, conf, _port(host, port, mac, answer, failed), ())
         except (CniError, KernelError):  # the next pod would take it for a gateway in the VLAN
             host.delete_link(host.route, port)
             raise

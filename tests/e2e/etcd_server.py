@@ -11,7 +11,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-START_LIMIT_S = 15.0
+from tests.lab.net import wait_for
+
+START_LIMIT_S, STOP_LIMIT_S = 15.0, 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +73,7 @@ class EtcdServer:
     def pause(self) -> None:
         """Freeze it: connections stay, nothing answers. Returns when its last thread has stopped."""
         os.kill(self._pid(), signal.SIGSTOP)
-        while any(state != "T" for state in self._thread_states()):
-            time.sleep(0.001)
+        wait_for(lambda: set(self._thread_states()) == {"T"}, STOP_LIMIT_S, "standstill of etcd", self._log)
 
     def resume(self) -> None:
         os.kill(self._pid(), signal.SIGCONT)
