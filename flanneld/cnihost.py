@@ -67,10 +67,11 @@ class OwnSocket(NetlinkSocket):
         self.descriptor = self._socket.fileno()
         self.failed = False
         for _try in range(_PORT_TRIES):
-            # It fails if the port is taken, and always if the shim has used its socket.
-            with suppress(OSError):
+            try:
                 self._socket.bind((_FIRST_PORT + next(_ports) % _PORTS, 0))
-                break
+            except OSError:
+                continue  # the port is taken; or, each time, the shim has used its socket
+            break
 
     def transact(self, requests: Sequence[Request]) -> list[Answer]:
         try:

@@ -20,6 +20,7 @@ import socket
 import struct
 import sys
 import time
+from _socket import socket as Socket
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from threading import Event, Lock, Thread, current_thread
@@ -175,29 +176,31 @@ class CniServer:
                     self._idle -= 1
                     if not self._idle:
                         self._all_busy.set()
-                with connection, self._precedence.call():
-                    try:
+                try:
+                    with self._precedence:
                         self._serve(connection, sockets)
-                    except Exception:  # noqa: BLE001 - our bug must cost one call, not the thread
-                        logger.exception("A CNI call failed in the daemon itself")
+                except Exception:  # noqa: BLE001 - our bug must cost one call, not the thread
+                    logger.exception("A CNI call failed in the daemon itself")
+                finally:
+                    connection.close()
                 with self._mutex:
                     if self._idle and len(self._workers) > _FEW_WORKERS and not self._stopping.is_set():
                         self._workers.remove(current_thread())
                         return
                     self._idle += 1
 
-    def _accept(self) -> socket.socket | None:
+    def _accept(self) -> Socket | None:
         """The next connection, None at the end."""
         while not self._stopping.is_set():
             try:
-                return self._place.listener.accept()[0]
+                return self._place.accept()
             except OSError as exc:
                 if not self._stopping.is_set():
                     self._failing.warn("Cannot accept CNI calls: %s", exc)
                     self._stopping.wait(_PAUSE_S)
         return None
 
-    def _serve(self, connection: socket.socket, sockets: Sockets) -> None:
+    def _serve(self, connection: Socket, sockets: Sockets) -> None:
         """From request to reply; whatever the runtime need not wait for comes after that."""
         if not self._is_root(connection):
             return
@@ -223,7 +226,7 @@ class CniServer:
         metrics.cni_served(call.name, call.command, outcome, took_s)
         _log(call, outcome, took_s, heard)
 
-    def _is_root(self, connection: socket.socket) -> bool:
+    def _is_root(self, connection: Socket) -> bool:
         raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         pid, uid, _gid = struct.unpack("=iII", raw)
         if uid == 0:
@@ -231,21 +234,23 @@ class CniServer:
         self._refused.warn("PID %d of user %d may not call the CNI plugin here: only root may", pid, uid)
         return False
 
-    def _receive(self, connection: socket.socket, passed: Passed) -> Call | None:
+    def _receive(self, connection: Socket, passed: Passed) -> Call | None:
         """The whole request, None from one who only looked in; raises WireError or OSError."""
         deadline = time.monotonic() + _REQUEST_S
-        with self._reading.of(connection):
-            try:
-                data = receive_head(connection, passed, deadline)
-                if not data:
-                    return None
-                header = Header(data)
-                passed.name(header.descriptors, self._own_identity)
-                receive_rest(connection, data, header.total_bytes, deadline)
-            except ConnectionResetError:
-                return None  # it has found another way meanwhile
-            except (BlockingIOError, TimeoutError):
-                raise WireError("it did not arrive in time") from None
+        self._reading.begin(connection)
+        try:
+            data = receive_head(connection, passed, deadline)
+            if not data:
+                return None
+            header = Header(data)
+            passed.name(header.descriptors, self._own_identity)
+            receive_rest(connection, data, header.total_bytes, deadline)
+        except ConnectionResetError:
+            return None  # it has found another way meanwhile
+        except (BlockingIOError, TimeoutError):
+            raise WireError("it did not arrive in time") from None
+        finally:
+            self._reading.end(connection)
         return Call(header, bytes(data))
 
     def _carry_out(self, call: Call, passed: Passed, host: WarmHost, ours: bool) -> tuple[bytes, str | int]:
@@ -334,7 +339,7 @@ class Turns:
                     self._waiting[key] = lock, users - 1
 
 
-def _has_gone(connection: socket.socket) -> bool:
+def _has_gone(connection: Socket) -> bool:
     poll = select.poll()
     poll.register(connection, 0)
     return any(event & (select.POLLHUP | select.POLLERR) for _, event in poll.poll(0))

@@ -1,4 +1,8 @@
-"""The socket that the CNI plugin's shim connects to: its file, and what comes and goes over a connection."""
+"""The socket that the CNI plugin's shim connects to: its file, and what comes and goes over a connection.
+
+A connection is a `_socket.socket`, the C half of the standard module's: the other half looks up enumerations
+for each connection, which takes as long as receiving a request.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,8 @@ import socket
 import stat
 import struct
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from _socket import socket as Socket
+from contextlib import ExitStack, suppress
 from threading import Lock
 
 from flanneld import cniwire
@@ -20,6 +24,8 @@ _REPLY_S = 10.0
 _TIMEVAL = struct.Struct("@ll")
 _LONGEST_PATH_BYTES = 107  # of a unix socket: 108 with the final NUL
 _CHUNK_BYTES = 1 << 16
+# As plain numbers, which are quicker to reckon with.
+_CLOEXEC, _TRUNCATED, _AT_ONCE = map(int, (socket.MSG_CMSG_CLOEXEC, socket.MSG_CTRUNC, socket.MSG_DONTWAIT))
 _ANCILLARY_BYTES = socket.CMSG_SPACE(4 * len(cniwire.DESCRIPTORS))
 
 
@@ -29,19 +35,18 @@ class Reading:
     def __init__(self) -> None:
         self._mutex = Lock()
         self._stopped = False
-        self._connections: set[socket.socket] = set()
+        self._connections: set[Socket] = set()
 
-    @contextmanager
-    def of(self, connection: socket.socket) -> Iterator[None]:
+    def begin(self, connection: Socket) -> None:
+        """`end` must follow."""
         with self._mutex:
             self._connections.add(connection)
             if self._stopped:
                 _end_of_input(connection)
-        try:
-            yield
-        finally:
-            with self._mutex:
-                self._connections.discard(connection)
+
+    def end(self, connection: Socket) -> None:
+        with self._mutex:
+            self._connections.discard(connection)
 
     def stop(self) -> None:
         """Nothing more arrives: who waits for the rest of a request finds its end."""
@@ -73,6 +78,11 @@ class Place:
             self._identity = _identity(temporary)
             os.rename(temporary, path)
             undo.pop_all()
+
+    def accept(self) -> Socket:
+        """The next connection. Raises OSError."""
+        descriptor, _address = self.listener._accept()  # type: ignore[attr-defined]  # C half of accept()
+        return Socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, descriptor)
 
     def close(self) -> None:
         """Who has not been served yet sees the connection closed; the file goes if it is still ours."""
@@ -106,16 +116,14 @@ def _require_free(path: str) -> None:
     raise OSError("another process listens there; stop it, or give this flanneld its own --cni-socket")
 
 
-def receive_head(connection: socket.socket, passed: Passed, deadline: float) -> bytearray:
+def receive_head(connection: Socket, passed: Passed, deadline: float) -> bytearray:
     """The header and what came with it, nothing from one who closed at once; raises WireError or OSError."""
     data = bytearray()
     while len(data) < cniwire.HEADER_BYTES:
         _limit(connection, socket.SO_RCVTIMEO, deadline)
-        chunk, ancillary, flags, _ = connection.recvmsg(
-            _CHUNK_BYTES, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
-        )
+        chunk, ancillary, flags, _ = connection.recvmsg(_CHUNK_BYTES, _ANCILLARY_BYTES, _CLOEXEC)
         passed.adopt(ancillary)
-        if flags & socket.MSG_CTRUNC:
+        if flags & _TRUNCATED:
             raise WireError("it came with more descriptors than there are, or than we may open")
         if not chunk and not data:
             return data
@@ -125,7 +133,7 @@ def receive_head(connection: socket.socket, passed: Passed, deadline: float) -> 
     return data
 
 
-def receive_rest(connection: socket.socket, data: bytearray, total: int, deadline: float) -> None:
+def receive_rest(connection: Socket, data: bytearray, total: int, deadline: float) -> None:
     """Add to `data` what is missing; raises WireError or OSError."""
     while len(data) < total:
         _limit(connection, socket.SO_RCVTIMEO, deadline)
@@ -138,7 +146,7 @@ def receive_rest(connection: socket.socket, data: bytearray, total: int, deadlin
         raise WireError(f"it is longer than the {total} bytes that it announces")
 
 
-def _limit(connection: socket.socket, option: int, deadline: float) -> None:
+def _limit(connection: Socket, option: int, deadline: float) -> None:
     """Let the next call wait until the deadline, to raise BlockingIOError then; TimeoutError if that is over.
 
     Python's own way, settimeout, takes two system calls more.
@@ -149,10 +157,10 @@ def _limit(connection: socket.socket, option: int, deadline: float) -> None:
     connection.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(*divmod(left_us, 1_000_000)))
 
 
-def send(connection: socket.socket, reply: bytes) -> bool:
+def send(connection: Socket, reply: bytes) -> bool:
     """Whether the other end was still there to take the reply."""
     try:
-        rest = memoryview(reply)[connection.send(reply, socket.MSG_DONTWAIT) :]  # mostly all of it
+        rest = memoryview(reply)[connection.send(reply, _AT_ONCE) :]  # mostly all of it
         deadline = time.monotonic() + _REPLY_S
         while rest:
             _limit(connection, socket.SO_SNDTIMEO, deadline)
@@ -162,6 +170,6 @@ def send(connection: socket.socket, reply: bytes) -> bool:
     return True
 
 
-def _end_of_input(connection: socket.socket) -> None:
+def _end_of_input(connection: Socket) -> None:
     with suppress(OSError):  # the other end has gone
         connection.shutdown(socket.SHUT_RD)

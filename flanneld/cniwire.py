@@ -84,15 +84,14 @@ class Header:
         end_of_name = HEADER_BYTES + self._lengths[0]
         end_of_environment = end_of_name + self._lengths[1]
         environment: dict[str, str] = {}
-        block = data[end_of_name:end_of_environment]
-        *variables, rest = block.split(b"\0")
+        *variables, rest = os.fsdecode(data[end_of_name:end_of_environment]).split("\0")
         if rest:
             raise WireError("its environment ends within a variable")
         for variable in variables:
-            name, equals, value = variable.partition(b"=")
+            name, equals, value = variable.partition("=")
             if not equals:
                 raise WireError("its environment has a variable without '='")
-            environment.setdefault(os.fsdecode(name), os.fsdecode(value))
+            environment.setdefault(name, value)
         if bool(environment.get("CNI_NETNS")) != bool(self.netns_error or self.mask & NETNS):
             raise WireError("CNI_NETNS and the descriptors that came with it do not agree")
         return os.fsdecode(data[HEADER_BYTES:end_of_name]), environment, data[end_of_environment:]

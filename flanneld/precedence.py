@@ -7,34 +7,30 @@ Python's own: a pod would wait for most of the peers. Peers that come some milli
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from threading import Condition
+from threading import Condition, Lock
 
 # Under a steady stream of pods the peers still get on: after so long for so long.
 _LONGEST_S, _TURN_S = 0.02, 0.005
 
 
 class Precedence:
-    """Usable from any thread."""
+    """A context manager within which a call is served that others are to let through. For any thread."""
 
     def __init__(self) -> None:
-        self._condition = Condition()
+        self._mutex = Lock()
+        self._condition = Condition(self._mutex)
         self._calls = 0
         self._waited_s = self._turn_ends_s = 0.0
 
-    @contextmanager
-    def call(self) -> Iterator[None]:
-        """A call that others are to let through."""
-        with self._condition:
+    def __enter__(self) -> None:
+        with self._mutex:
             self._calls += 1
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._calls -= 1
-                if not self._calls:
-                    self._condition.notify_all()
+
+    def __exit__(self, *_exc: object) -> None:
+        with self._mutex:
+            self._calls -= 1
+            if not self._calls:
+                self._condition.notify_all()
 
     def calls(self) -> int:
         """How many are being served."""

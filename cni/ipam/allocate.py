@@ -33,7 +33,7 @@ def take_one(
     one: RangeSet,
     wish: Address | None,
     owner: bytes,
-    is_squatted: Callable[[str], bool],
+    is_squatted: Callable[[Address], bool],
 ) -> tuple[Address, Range]:
     """Reserve the wanted address, or else the next one of the set. Raises Refused, StoreFault.
 
@@ -43,13 +43,11 @@ def take_one(
     if wish is None:
         _refuse_second(held, one, owner)
         candidates = one.candidates(taken, held.last(index))
-        nothing = f"no IP addresses available in range set: {one}"
     else:
         candidates = _wished(held, one, wish, owner)
-        nothing = f"requested IP address {address_text(wish)} is not available in range set {one}"
     for value, home in candidates:
         address = (one.family, value)
-        if is_squatted(address_text(address)):
+        if is_squatted(address):
             continue
         if not held.take(address, owner):
             continue  # the name is taken by something that is no reservation, as a directory
@@ -59,7 +57,9 @@ def take_one(
             held.free(address, owner)
             raise
         return address, home
-    raise NothingFree(nothing)
+    if wish is None:
+        raise NothingFree(f"no IP addresses available in range set: {one}")
+    raise NothingFree(f"requested IP address {address_text(wish)} is not available in range set {one}")
 
 
 def _wished(held: Held, one: RangeSet, wish: Address, owner: bytes) -> Iterator[tuple[int, Range]]:

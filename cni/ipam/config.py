@@ -10,7 +10,7 @@ from __future__ import annotations
 from cni.errors import INTERNAL, CniError
 from cni.ipam.ranges import Range, RangeError, RangeSet
 from cni.spec import args, gojson, result, version
-from cni.spec.address import format_ip, parse_cidr, parse_ip
+from cni.spec.address import Cidr, format_ip, parse_cidr, parse_ip
 from cni.spec.netconf import HOST_LOCAL_DIR
 
 TYPE_CHECKING = False
@@ -23,9 +23,12 @@ _DNS_LISTS = ("search", "options")
 
 
 class Place:
-    """Where the reservations of a network are: all that DEL and GC need to know."""
+    """Where the reservations of a network are: all that DEL and GC need to know.
 
-    __slots__ = ("data_dir", "network")
+    `store` is the path of the directory with the reservations.
+    """
+
+    __slots__ = ("data_dir", "network", "store")
 
     def __init__(self, record: gojson.Object) -> None:
         """Raises CniError 999."""
@@ -35,17 +38,16 @@ class Place:
             self.data_dir = gojson.typed(ipam, "dataDir", str, "") or HOST_LOCAL_DIR
         except gojson.GoJsonError as exc:
             raise CniError(INTERNAL, f"json: {exc}") from None
-
-    @property
-    def store(self) -> str:
-        """Path of the directory with the reservations."""
-        return f"{self.data_dir.rstrip('/')}/{self.network}"
+        self.store = f"{self.data_dir.rstrip('/')}/{self.network}"
 
 
 class IpamConfig:
-    """What ADD works with. `sets` give one address each, `requested` are wished for, without duplicates."""
+    """What ADD works with. `sets` give one address each, `requested` are wished for, without duplicates.
 
-    __slots__ = ("place", "requested", "resolv_conf", "routes", "sets", "version")
+    `gateways` has the gateway of each set that has just one.
+    """
+
+    __slots__ = ("gateways", "place", "requested", "resolv_conf", "routes", "sets", "version")
 
     def __init__(self, record: gojson.Object, cni_args: str) -> None:
         """Raises CniError 999."""
@@ -58,6 +60,7 @@ class IpamConfig:
             written = _written_sets(record, ipam)
             self.requested = _requested(record, cni_args)
             self.sets = _sets(written, self.version)
+            self.gateways = [cidr for one in self.sets for cidr in _only_gateway(one)]
         except gojson.GoJsonError as exc:
             raise CniError(INTERNAL, f"json: {exc}") from None
         except ValueError as exc:
@@ -163,6 +166,12 @@ def _sets(written: list[list[_Written]], declared_version: str) -> list[RangeSet
             if one.overlaps(sets[other]):
                 raise RangeError(f"range set {index} overlaps with {other}")
     return sets
+
+
+def _only_gateway(one: RangeSet) -> list[Cidr]:
+    known = {(home.gateway, home.subnet.prefix) for home in one.ranges}
+    gateway, prefix = next(iter(known))
+    return [Cidr(*gateway, prefix)] if len(known) == 1 and gateway[0] == one.family else []
 
 
 def _requested(record: gojson.Object, cni_args: str) -> list[Address]:

@@ -35,7 +35,7 @@ _LOST = _ENDS | _UNMOUNT | _OVERFLOW | _IGNORED
 _TAKEN = [_CREATE]
 _REMEMBERED = [_MODIFY, _CLOSE_WRITE], [_CREATE, _MODIFY, _CLOSE_WRITE]
 _HEAD = struct.Struct("iIII")  # watch, mask, cookie, length of the name
-_READ_BYTES = 1 << 16
+_READ_BYTES, _LARGEST_EVENT_BYTES = 1 << 14, _HEAD.size + 256
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -154,8 +154,11 @@ def _changed(watch: int) -> dict[str, list[int]] | None:
     None if that cannot be told.
     """
     found: dict[str, list[int]] = {}
-    while chunk := _queued(watch):
-        offset = 0
+    is_all = False
+    while not is_all:
+        chunk, offset = _queued(watch), 0
+        # The kernel gives as many as have room; and nobody adds one while the store is locked.
+        is_all = len(chunk) <= _READ_BYTES - _LARGEST_EVENT_BYTES
         while offset < len(chunk):
             _, mask, _, length = _HEAD.unpack_from(chunk, offset)
             offset += _HEAD.size + length

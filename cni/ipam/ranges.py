@@ -74,10 +74,10 @@ class Range:
 class RangeSet:
     """Ranges of one family, in the order in which they are used up."""
 
-    __slots__ = ("_gateways", "family", "ranges")
+    __slots__ = ("_gateways", "_inner_gateways", "family", "ranges", "size")
 
     def __init__(self, ranges: Sequence[Range]) -> None:
-        """Raises RangeError."""
+        """Raises RangeError. `size` is how many addresses the set can hand out."""
         if not ranges:
             raise RangeError("empty range set")
         self.family = ranges[0].subnet.family
@@ -89,6 +89,8 @@ class RangeSet:
                     raise RangeError(f"subnets {one} and {other} overlap")
         self.ranges = tuple(ranges)
         self._gateways = {one.gateway[1] for one in ranges if one.gateway[0] == self.family}
+        self._inner_gateways = [value for value in self._gateways if (self.family, value) in self]
+        self.size = sum(one.last - one.first + 1 for one in ranges) - len(self._inner_gateways)
 
     def __str__(self) -> str:
         return ",".join(str(one) for one in self.ranges)
@@ -98,7 +100,10 @@ class RangeSet:
 
     def range_of(self, address: Address) -> Range | None:
         """The range that holds the address."""
-        return next((one for one in self.ranges if address in one), None)
+        for one in self.ranges:
+            if address in one:
+                return one
+        return None
 
     def is_gateway(self, address: Address) -> bool:
         """Whether the address is the gateway of one of the ranges."""
@@ -108,16 +113,10 @@ class RangeSet:
         """Whether an address is in both."""
         return any(one.overlaps(two) for one in self.ranges for two in other.ranges)
 
-    @property
-    def size(self) -> int:
-        """How many addresses it can hand out."""
-        gateways = sum((self.family, value) in self for value in self._gateways)
-        return sum(one.last - one.first + 1 for one in self.ranges) - gateways
-
     def used(self, taken: Occupied) -> int:
         """How many of these are taken."""
-        gateways = sum((self.family, value) in self and value in taken for value in self._gateways)
-        return sum(taken.count(one.first, one.last) for one in self.ranges) - gateways
+        gateways = [value for value in self._inner_gateways if value in taken]
+        return sum([taken.count(one.first, one.last) for one in self.ranges]) - len(gateways)
 
     def candidates(self, taken: Occupied, last: Address | None) -> Iterator[tuple[int, Range]]:
         """Every free address with its range, beginning behind `last`, or at the start if that is elsewhere.

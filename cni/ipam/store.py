@@ -93,8 +93,8 @@ class Holdings:
     def __len__(self) -> int:
         return len(self._owners)
 
-    def put(self, name: str, owner: bytes) -> None:
-        """A file of that name is there."""
+    def put(self, name: str, owner: bytes, address: Address | None = None) -> None:
+        """A file of that name is there; `address` is what it is named after, for who knows it."""
         known = self._owners.get(name)
         if known == owner:
             return
@@ -102,9 +102,8 @@ class Holdings:
             self.drop(name)
         self._owners[name] = owner
         self._by_owner[owner] = (*self._by_owner.get(owner, ()), name)
-        address = _address(name)
-        # The name that the kernel would be asked to create, not another spelling of the address.
-        if address is not None and format_ip(*address) == name:
+        address = address or _reserved(name)
+        if address is not None:
             self.taken[address[0]].add(address[1])
 
     def drop(self, name: str) -> None:
@@ -115,8 +114,8 @@ class Holdings:
         left = tuple(one for one in self._by_owner.pop(owner) if one != name)
         if left:
             self._by_owner[owner] = left
-        address = _address(name)
-        if address is not None and format_ip(*address) == name:
+        address = _reserved(name)
+        if address is not None:
             self.taken[address[0]].discard(address[1])
 
     def names(self, owner: bytes) -> list[str]:
@@ -126,6 +125,8 @@ class Holdings:
     def addresses(self, owner: bytes) -> list[Address]:
         """The addresses of an owner, those of very old files with the bare container ID among them."""
         names = self.names(owner) + self.names(bare_owner(owner))
+        if not names:
+            return []
         return [one for one in (_address(name) for name in sorted(names)) if one is not None]
 
     def reservations(self) -> list[tuple[str, bytes]]:
@@ -207,7 +208,7 @@ class Held:
             raise StoreFault("write", f"{self._directory.path}/{name}", exc) from None
         finally:
             os.close(file)
-        self.holdings.put(name, owner)
+        self.holdings.put(name, owner, address)
         self.holdings.written.add(name)
         return True
 
@@ -341,3 +342,12 @@ def _address(name: str) -> Address | None:
         return parse_ip(name.rpartition("/")[2])
     except ValueError:
         return None
+
+
+def _reserved(name: str) -> Address | None:
+    """The address that nobody else gets while there is a file of that name.
+
+    That is the name which the kernel would be asked to create, not another spelling of the address.
+    """
+    address = _address(name)
+    return address if address is not None and format_ip(*address) == name else None

@@ -12,7 +12,7 @@ import errno
 
 from cni.errors import KernelError
 from cni.net.nftexpr import NFPROTO, address, nested, port
-from cni.net.nlmsg import attr, attrs, u32
+from cni.net.nlmsg import attr, attr_u32, attrs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def delete_flows(
     # Addresses are compared here only: kernels send just the flows to other IPv6 addresses (6.18 does).
     query = nested(_ORIGINAL, nested(_TUPLE_PROTO, proto))
     compared = _EQUAL_PROTOCOL | (_EQUAL_DESTINATION_PORT if len(ports) == 1 else 0)
-    query += nested(_FILTER, attr(1, u32(compared)))
+    query += nested(_FILTER, attr_u32(1, compared))
     header = bytes((NFPROTO[family], 0, 0, 0))
     doomed = []
     for message in socket.dump(_SUBSYSTEM << 8 | _GET, header + query):

@@ -18,7 +18,16 @@ from ipaddress import IPv6Address
 from typing import NamedTuple
 
 from cni.net.entries import Address, Blackhole, Entry, FdbEntry, Link, Neighbour, Route, Vxlan
-from cni.net.nlmsg import NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, attr, attrs, mac_bytes, mac_text, u32
+from cni.net.nlmsg import (
+    NLM_F_CREATE,
+    NLM_F_EXCL,
+    NLM_F_REPLACE,
+    attr,
+    attr_u32,
+    attrs,
+    mac_bytes,
+    mac_text,
+)
 
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK = 16, 17, 18
 RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
@@ -135,7 +144,7 @@ def _put_link(link: Link, indexes: Indexes, have: LinkInfo | None) -> tuple[int,
     body = _IFINFO.pack(0, 0, have.ifindex if have else 0, up, IFF_UP)
     body += attr(_IFLA_IFNAME, link.name.encode() + b"\0")
     if have is None or link.mtu != have.mtu:
-        body += attr(_IFLA_MTU, u32(link.mtu))
+        body += attr_u32(_IFLA_MTU, link.mtu)
     # Setting a MAC, even the same one, flushes the neighbours of the device, permanent ones included.
     if link.mac and (have is None or link.mac != have.mac):
         body += attr(_IFLA_ADDRESS, mac_bytes(link.mac))
@@ -143,14 +152,14 @@ def _put_link(link: Link, indexes: Indexes, have: LinkInfo | None) -> tuple[int,
         # Without LINKINFO: the kernel takes no MTU together with attributes of the kind.
         return RTM_NEWLINK, 0, body
     info = attr(_INFO_KIND, b"vxlan\0") + attr(_INFO_DATA, _vxlan(link.vxlan, indexes))
-    body += attr(_IFLA_TXQLEN, u32(0)) + attr(_IFLA_LINKINFO, info)
+    body += attr_u32(_IFLA_TXQLEN, 0) + attr(_IFLA_LINKINFO, info)
     return RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, body
 
 
 def _vxlan(vxlan: Vxlan, indexes: Indexes) -> bytes:
     """The attributes upstream sends (pkg/backend/vxlan/device.go); others keep the kernel's defaults."""
     local6 = ":" in vxlan.local
-    data = attr(_VX_ID, u32(vxlan.vni)) + attr(_VX_LINK, u32(indexes[vxlan.underlay]))
+    data = attr_u32(_VX_ID, vxlan.vni) + attr_u32(_VX_LINK, indexes[vxlan.underlay])
     data += attr(_VX_LOCAL6 if local6 else _VX_LOCAL, packed(vxlan.local))
     data += attr(_VX_LEARNING, bytes([vxlan.learning]))
     for flag in (_VX_TTL, _VX_TOS, _VX_PROXY, _VX_RSC, _VX_L2MISS, _VX_L3MISS):
@@ -187,14 +196,14 @@ def _route(entry: Route, indexes: Indexes) -> bytes:
     body = _route_on(entry, indexes, protocol, scope, RTNH_F_ONLINK if entry.onlink else 0)
     if entry.via:
         body += attr(_RTA_GATEWAY, packed(entry.via))
-    return body + (attr(_RTA_PRIORITY, u32(entry.metric)) if entry.metric else b"")
+    return body + (attr_u32(_RTA_PRIORITY, entry.metric) if entry.metric else b"")
 
 
 def _dropped_route(entry: Route, indexes: Indexes) -> bytes:
     """Names a route on a link of ours whoever made it (any protocol, any scope), elsewhere a marked one."""
     protocol = RTPROT_FLANNEL if entry.marked else RTPROT_UNSPEC
     body = _route_on(entry, indexes, protocol, RT_SCOPE_NOWHERE, 0)
-    return body + (attr(_RTA_PRIORITY, u32(entry.metric)) if entry.metric else b"")
+    return body + (attr_u32(_RTA_PRIORITY, entry.metric) if entry.metric else b"")
 
 
 def _route_on(entry: Route, indexes: Indexes, protocol: int, scope: int, flags: int) -> bytes:
@@ -211,20 +220,20 @@ def _blackhole(entry: Blackhole) -> bytes:
     dst, _, length = entry.dst.partition("/")
     raw, family = packed(dst), _family(dst)
     body = _RTMSG.pack(family, int(length), 0, 0, RT_TABLE_MAIN, RTPROT_BOOT, 0, RTN_BLACKHOLE, 0)
-    body += attr(_RTA_DST, raw) + (attr(_RTA_PRIORITY, u32(entry.metric)) if entry.metric else b"")
+    body += attr(_RTA_DST, raw) + (attr_u32(_RTA_PRIORITY, entry.metric) if entry.metric else b"")
     # IPv6 hangs such a route on `lo`, and does not look at the type of one that is to be deleted.
-    return body + (attr(_RTA_OIF, u32(_LOOPBACK)) if family == socket.AF_INET6 else b"")
+    return body + (attr_u32(_RTA_OIF, _LOOPBACK) if family == socket.AF_INET6 else b"")
 
 
 # ---- dump requests
 
 
 def get_links() -> tuple[int, bytes]:
-    return RTM_GETLINK, _IFINFO.pack(0, 0, 0, 0, 0) + attr(_IFLA_EXT_MASK, u32(_SKIP_STATS))
+    return RTM_GETLINK, _IFINFO.pack(0, 0, 0, 0, 0) + attr_u32(_IFLA_EXT_MASK, _SKIP_STATS)
 
 
 def get_link(name: str) -> tuple[int, bytes]:
-    body = _IFINFO.pack(0, 0, 0, 0, 0) + attr(_IFLA_EXT_MASK, u32(_SKIP_STATS))
+    body = _IFINFO.pack(0, 0, 0, 0, 0) + attr_u32(_IFLA_EXT_MASK, _SKIP_STATS)
     return RTM_GETLINK, body + attr(_IFLA_IFNAME, name.encode() + b"\0")
 
 
@@ -236,13 +245,13 @@ def get_neighbours(family: int, index: int) -> tuple[int, bytes]:
     """Neighbours of one link; for AF_BRIDGE its forwarding database (strict checking filters both)."""
     if family == AF_BRIDGE:
         return RTM_GETNEIGH, _NDMSG.pack(family, index, 0, 0, 0)
-    return RTM_GETNEIGH, _NDMSG.pack(family, 0, 0, 0, 0) + attr(_NDA_IFINDEX, u32(index))
+    return RTM_GETNEIGH, _NDMSG.pack(family, 0, 0, 0, 0) + attr_u32(_NDA_IFINDEX, index)
 
 
 def get_routes(family: int, index: int = 0, protocol: int = 0, kind: int = 0) -> tuple[int, bytes]:
     """Routes of the main table; of one link, protocol or type if that is given (not 0)."""
     body = _RTMSG.pack(family, 0, 0, 0, RT_TABLE_MAIN, protocol, 0, kind, 0)
-    return RTM_GETROUTE, body + (attr(_RTA_OIF, u32(index)) if index else b"")
+    return RTM_GETROUTE, body + (attr_u32(_RTA_OIF, index) if index else b"")
 
 
 def route_to(raw: bytes) -> tuple[int, bytes]:

@@ -23,6 +23,8 @@ NLA_F_NESTED = 0x8000
 
 _HEADER = struct.Struct("=IHHII")
 _ATTR = struct.Struct("=HH")
+_ATTR_U32 = struct.Struct("=HHI")
+_CODE = struct.Struct("=i")
 
 
 Request = tuple[int, int, bytes]  # message type, flags, body
@@ -62,6 +64,11 @@ def attr(kind: int, payload: bytes) -> bytes:
     return _ATTR.pack(length, kind) + payload + b"\0" * (-length % 4)
 
 
+def attr_u32(kind: int, value: int) -> bytes:
+    """One attribute that is a number of 32 bits."""
+    return _ATTR_U32.pack(_ATTR_U32.size, kind, value)
+
+
 def attrs(body: bytes, offset: int = 0) -> dict[int, bytes]:
     """Read attributes, up to the first that is not there as a whole; of repeated ones the last stays.
 
@@ -72,9 +79,15 @@ def attrs(body: bytes, offset: int = 0) -> dict[int, bytes]:
 
 def first_attr(body: bytes, offset: int, wanted: int) -> bytes:
     """The first attribute of a kind, without a look at those behind it; empty if there is none."""
-    for kind, payload in _each_attr(body, offset):
-        if kind == wanted:
-            return payload
+    end, unpack = len(body), _ATTR.unpack_from
+    while offset + 4 <= end:
+        length, kind = unpack(body, offset)
+        stop = offset + length
+        if length < 4 or stop > end:
+            break
+        if kind & 0x3FFF == wanted:
+            return body[offset + 4 : stop]
+        offset = (stop + 3) & ~3
     return b""
 
 
@@ -100,13 +113,22 @@ def u32(value: int) -> bytes:
 
 def error(message_: Message) -> tuple[int, str]:
     """The errno (0 for an acknowledgement) and the kernel's own words of an NLMSG_ERROR."""
-    (code,) = struct.unpack_from("=i", message_.body)
-    text = ""
-    if message_.flags & NLM_F_ACK_TLVS:
-        (echoed,) = struct.unpack_from("=I", message_.body, 4)
-        offset = 4 + (_HEADER.size if message_.flags & NLM_F_CAPPED else (echoed + 3) & ~3)
-        text = attrs(message_.body, offset).get(1, b"").rstrip(b"\0").decode("utf-8", "replace")
-    return -code, text
+    return error_number(message_), error_text(message_)
+
+
+def error_number(message_: Message) -> int:
+    """The errno of an NLMSG_ERROR, 0 for an acknowledgement."""
+    (code,) = _CODE.unpack_from(message_.body)
+    return -int(code)
+
+
+def error_text(message_: Message) -> str:
+    """The kernel's own words of an NLMSG_ERROR, if it has any."""
+    if not message_.flags & NLM_F_ACK_TLVS:
+        return ""
+    (echoed,) = struct.unpack_from("=I", message_.body, 4)
+    offset = 4 + (_HEADER.size if message_.flags & NLM_F_CAPPED else (echoed + 3) & ~3)
+    return first_attr(message_.body, offset, 1).rstrip(b"\0").decode("utf-8", "replace")
 
 
 def mac_bytes(mac: str) -> bytes:

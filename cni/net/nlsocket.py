@@ -38,14 +38,24 @@ class ProtocolMissing(KernelError):
 
 
 class Answer:
-    """How a request ended: errno (0: carried out), the kernel's own words, messages that came besides."""
+    """How a request ended: errno (0: carried out), and the messages that came besides."""
 
-    __slots__ = ("errno", "messages", "text")
+    __slots__ = ("_refusal", "errno", "messages")
 
-    def __init__(self, errno: int, text: str, messages: list[Message]) -> None:
-        self.errno = errno
-        self.text = text
-        self.messages = messages
+    def __init__(self) -> None:
+        self._refusal: Message | None = None
+        self.errno = 0
+        self.messages: list[Message] = []
+
+    def end(self, message: Message) -> None:
+        """Take an NLMSG_ERROR; of several that the kernel sends the first that is a refusal counts."""
+        if not self.errno:
+            self._refusal, self.errno = message, nlmsg.error_number(message)
+
+    @property
+    def text(self) -> str:
+        """The kernel's own words."""
+        return "" if self._refusal is None else nlmsg.error_text(self._refusal)
 
     @property
     def reason(self) -> str:
@@ -110,13 +120,12 @@ class NetlinkSocket:
         self._sequence = last = self._sequence + len(requests)
         is_question = self._is_route and requests[-1][0] & _KIND_OF_REQUEST == _GET
         acknowledged = 0 if is_question else last
-        self._send(
-            b"".join(
-                nlmsg.message(kind, flags | NLM_F_ACK if seq == acknowledged else flags, seq, body)
-                for seq, (kind, flags, body) in enumerate(requests, first)
-            )
-        )
-        answers = [Answer(0, "", []) for _ in requests]
+        data = [
+            nlmsg.message(kind, flags | NLM_F_ACK if seq == acknowledged else flags, seq, body)
+            for seq, (kind, flags, body) in enumerate(requests, first)
+        ]
+        self._send(b"".join(data))
+        answers = [Answer() for _ in requests]
         is_over = False
         while not is_over:
             for message in nlmsg.messages(self._receive()):
@@ -127,8 +136,7 @@ class NetlinkSocket:
                     answer.messages.append(message)
                     is_over |= is_question and message.seq == last
                     continue
-                if not answer.errno:
-                    answer.errno, answer.text = nlmsg.error(message)
+                answer.end(message)
                 is_over |= message.seq == last
         return answers
 
@@ -156,7 +164,9 @@ class NetlinkSocket:
             for message in nlmsg.messages(self._receive()):
                 place = message.seq - first
                 if message.kind == NLMSG_ERROR and 0 <= place <= len(requests):
-                    found.append((place, Answer(*nlmsg.error(message), [])))
+                    answer = Answer()
+                    answer.end(message)
+                    found.append((place, answer))
         return found
 
     def dump(self, kind: int, body: bytes) -> list[Message]:

@@ -160,7 +160,7 @@ class PodLink(NamedTuple):
 
 def get_links() -> tuple[int, bytes]:
     """Ask for every link, without statistics."""
-    skip = nlmsg.attr(_IFLA_EXT_MASK, nlmsg.u32(_SKIP_STATS))
+    skip = nlmsg.attr_u32(_IFLA_EXT_MASK, _SKIP_STATS)
     return netlink.RTM_GETLINK, _IFINFO.pack(0, 0, 0, 0, 0) + skip
 
 
@@ -192,12 +192,12 @@ Request = tuple[int, int, bytes]
 
 def make_bridge(bridge: Bridge) -> Request:
     """Create a bridge that forwards at once and to everybody: no spanning tree, no delay, no snooping."""
-    data = nlmsg.attr(_BR_FORWARD_DELAY, nlmsg.u32(0)) + nlmsg.attr(_BR_STP_STATE, nlmsg.u32(0))
+    data = nlmsg.attr_u32(_BR_FORWARD_DELAY, 0) + nlmsg.attr_u32(_BR_STP_STATE, 0)
     data += nlmsg.attr(_BR_MCAST_SNOOPING, b"\0")
     info = nlmsg.attr(_INFO_KIND, b"bridge\0") + nlmsg.attr(_INFO_DATA, data)
     body = _IFINFO.pack(0, 0, 0, 0, 0) + nlmsg.attr(_IFLA_IFNAME, bridge.name.encode() + b"\0")
     body += nlmsg.attr(_IFLA_ADDRESS, nlmsg.mac_bytes(bridge.mac))
-    body += nlmsg.attr(_IFLA_MTU, nlmsg.u32(bridge.mtu)) + nlmsg.attr(_IFLA_LINKINFO, info)
+    body += nlmsg.attr_u32(_IFLA_MTU, bridge.mtu) + nlmsg.attr(_IFLA_LINKINFO, info)
     return netlink.RTM_NEWLINK, nlmsg.NLM_F_CREATE | nlmsg.NLM_F_EXCL, body
 
 
@@ -220,9 +220,9 @@ def change(
     if mac is not None:
         body += nlmsg.attr(_IFLA_ADDRESS, nlmsg.mac_bytes(mac))
     if mtu is not None:
-        body += nlmsg.attr(_IFLA_MTU, nlmsg.u32(mtu))
+        body += nlmsg.attr_u32(_IFLA_MTU, mtu)
     if master is not None:
-        body += nlmsg.attr(_IFLA_MASTER, nlmsg.u32(master))
+        body += nlmsg.attr_u32(_IFLA_MASTER, master)
     return netlink.RTM_NEWLINK, 0, body
 
 

@@ -26,13 +26,14 @@ from cni.plugins.bridgegate import Gateway, gateway_of
 from cni.plugins.bridgeport import Changed, await_port, ensure_bridge, plug
 from cni.plugins.ipam import Ipam
 from cni.plugins.links import carry_out, ensure, expect, find, objects, ports, put, random_mac, try_write
-from cni.spec.address import Cidr, parse_cidr, parse_ip
+from cni.spec.address import Cidr, format_ip, parse_cidr, parse_ip
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cni.host import Host, Netns
+    from cni.ipam.ranges import Address
     from cni.net.nlmsg import Message as NetlinkMessage
     from cni.net.nlmsg import Request as Message
     from cni.net.rtlink import LinkState
@@ -58,6 +59,7 @@ class Attachment:
         self._gateway: Gateway | None = None
         self._veth = ""
         self._allotted: gojson.Object | None = None
+        self._addresses: list[Cidr] = []
         self._rules: list[str] = []
 
     def make(self) -> gojson.Object:
@@ -83,11 +85,12 @@ class Attachment:
         netns = self._host.netns(self._request.netns)
         if self._ipam is not None and conf.gateway:
             gateways = self._ipam.gateways()
-            conf.check_mtu(any(cidr.family == 6 for cidr in gateways))
+            conf.check_mtu(any([cidr.family == 6 for cidr in gateways]))
             if known is not None and not known.gateways.issuperset(gateways):
                 raise Changed
             self._gateway = Gateway(self._host, conf, bridge, known)
-            self._gateway.set_up(gateways)
+            if known is None:
+                self._gateway.set_up(gateways)
         mac = conf.mac or random_mac()
         port = plug(self._host, conf, bridge, netns, self._request.ifname, mac, known)
         self._veth = self._users.own_port = port.name
@@ -105,6 +108,7 @@ class Attachment:
             macspoof.add(self._host, self._request.container_id, self._request.ifname, port.name, mac)
         if self._ipam is not None:
             self._allotted = self._ipam.add()
+            self._addresses = [parse_cidr(str(one["address"])) for one in objects(self._allotted, "ips")]
             made |= self._layer3(netns, port, interfaces)
         elif not conf.interface_down:
             name = self._request.ifname
@@ -141,26 +145,26 @@ class Attachment:
     # ---- addresses and routes
 
     @property
-    def _addresses(self) -> list[Cidr]:
-        """What the container was allotted."""
-        return [parse_cidr(str(one["address"])) for one in objects(self._allotted or {}, "ips")]
+    def _has_ipv6(self) -> bool:
+        return any([cidr.family == 6 for cidr in self._addresses])
 
     def _layer3(self, netns: Netns, port: Port, interfaces: list[gojson.Object]) -> gojson.Object:
         """Configure what IPAM allotted; the members of the result that come of it."""
         conf, allotted = self._conf, self._allotted or {}
         if not self._addresses:
             raise CniError(INTERNAL, "IPAM plugin returned missing IP config")
-        conf.check_mtu(any(cidr.family == 6 for cidr in self._addresses))
+        conf.check_mtu(self._has_ipv6)
         ips = [self._with_gateway(one) for one in objects(allotted, "ips")]
         routes = self._with_default_routes(objects(allotted, "routes"), ips)
         self._configure(netns, port.peer, ips, routes)
         if self._gateway is not None:
-            self._gateway.set_up([gateway_of(ip) for ip in ips], port.name)
+            gateways = [gateway_of(ip) for ip in ips]
+            self._gateway.set_up(gateways, port.name)
             extra = self._gateway.vlan_link
             if extra is not None:
                 interfaces.append({"name": extra.name, "mac": extra.mac})
             else:
-                self._learn(self._gateway, [gateway_of(ip) for ip in ips], port.name)
+                self._learn(self._gateway, gateways, port.name)
         if conf.masquerade:
             from cni.plugins import masq
 
@@ -207,7 +211,7 @@ class Attachment:
         gateway = ip.get("gateway")
         if not gateway and self._conf.gateway:
             network = parse_cidr(str(ip["address"])).network()
-            gateway = str(Cidr(network.family, network.value + 1, 128)).partition("/")[0]
+            gateway = format_ip(network.family, network.value + 1)
         made: gojson.Object = {"interface": 2, "address": ip["address"]}
         return {**made, "gateway": gateway} if gateway else made
 
@@ -229,13 +233,12 @@ class Attachment:
     ) -> None:
         """Addresses, link up, routes: one batch, the settings before it."""
         ifname, detect = self._request.ifname, self._conf.detect_duplicates
-        cidrs = [parse_cidr(str(ip["address"])) for ip in ips]
-        self._write_settings(netns, any(cidr.family == 6 for cidr in cidrs))
-        steps = [rtlink.add_address(ifindex, cidr, detect_duplicates=detect) for cidr in cidrs]
+        self._write_settings(netns)
+        steps = [rtlink.add_address(ifindex, cidr, detect_duplicates=detect) for cidr in self._addresses]
         texts = [f'failed to add IP addr {ip["address"]} to "{ifname}"' for ip in ips]
         steps.append(rtlink.start(ifindex))
         texts.append(f'failed to set "{ifname}" UP')
-        if detect and any(cidr.family == 6 for cidr in cidrs):
+        if detect and self._has_ipv6:
             carry_out(netns.route, steps, texts)
             self._settle(netns, ifindex)
             steps, texts = [], []
@@ -244,14 +247,14 @@ class Attachment:
             texts.append(text)
         carry_out(netns.route, steps, texts)
 
-    def _write_settings(self, netns: Netns, has_ipv6: bool) -> None:
+    def _write_settings(self, netns: Netns) -> None:
         ifname = self._request.ifname
         if self._conf.detect_duplicates:
             try_write(netns.sysctl(f"ipv6/conf/{ifname}/enhanced_dad"), "1")
         try_write(
             netns.sysctl(f"ipv6/conf/{ifname}/accept_dad"), "1" if self._conf.detect_duplicates else "0"
         )
-        if not has_ipv6:
+        if not self._has_ipv6:
             return
         try_write(netns.sysctl(f"ipv6/conf/{ifname}/ndisc_notify"), "1")
         for name in ("lo", ifname):
@@ -323,14 +326,13 @@ class Users:
         found = self._answering(bridge, addresses)
         return set(addresses) if found is None else found
 
-    def are_known_to_have(self, text: str) -> bool:
+    def are_known_to_have(self, address: Address) -> bool:
         """Whether the host has heard lately from somebody who has the address, and he still answers.
 
         A look at what the host knows costs next to nothing; nobody is asked unless there is reason to.
         """
         if self.link is None:
             return False
-        address = parse_ip(text)
         known = self._host.route.request(*rtlink.get_neighbour(self.link.ifindex, Cidr(*address, 0)))
         if known.messages:
             self.known.add(address)
@@ -338,7 +340,7 @@ class Users:
             return False
         now = time.monotonic()
         self._deadline = self._deadline or now + _PROBES_S
-        return now < self._deadline and bool(self._answering(self.link, [text]))
+        return now < self._deadline and bool(self._answering(self.link, [format_ip(*address)]))
 
     def _answering(self, bridge: LinkState, addresses: list[str]) -> set[str] | None:
         from cni.net.probe import answering
@@ -364,7 +366,11 @@ def _route_steps(
     for route in routes:
         dst = parse_cidr(str(route["dst"])).network()
         via = parse_ip(str(route["gw"])) if route.get("gw") else first.get(dst.family)
-        table, priority, scope = (_number(route, name) for name in ("table", "priority", "scope"))
+        table, priority, scope = (
+            _number(route.get("table")),
+            _number(route.get("priority")),
+            _number(route.get("scope")),
+        )
         if not (0 <= priority < 1 << 32 and 0 <= table < 1 << 32 and 0 <= scope < 1 << 8):
             raise CniError(
                 INVALID_CONFIG,
@@ -375,7 +381,7 @@ def _route_steps(
         if key in seen:
             continue
         seen.add(key)
-        shown = "<nil>" if via is None else str(Cidr(*via, 128)).partition("/")[0]
+        shown = "<nil>" if via is None else format_ip(*via)
         text = f"failed to add route '{route['dst']} via {shown} dev {ifname}'"
         steps.append((rtlink.add_route(ifindex, dst, via, priority, table, scope), text))
     return steps
@@ -385,6 +391,5 @@ def _address(message: NetlinkMessage) -> AddressState:
     return AddressState(message.body)
 
 
-def _number(record: gojson.Object, name: str) -> int:
-    value = record.get(name)
+def _number(value: object) -> int:
     return int(value) if isinstance(value, int | float) else 0

@@ -21,7 +21,7 @@ FORWARDING = {4: "ipv4/ip_forward", 6: "ipv6/conf/all/forwarding"}
 class Gateway:
     """The gateway of one pod's networks."""
 
-    __slots__ = ("_bridge", "_conf", "_forwarding", "_host", "_link", "_present")
+    __slots__ = ("_bridge", "_conf", "_forwarding", "_host", "_known", "_link", "_present")
 
     def __init__(
         self, host: Host, conf: BridgeConf, bridge: LinkState, known: KnownBridge | None = None
@@ -31,12 +31,9 @@ class Gateway:
         self._conf = conf
         self._bridge = bridge
         self._link = ensure_vlan_link(host, conf, bridge) if conf.vlan else bridge
+        self._known = known
         self._present: dict[int, list[Cidr]] = {}
-        self._forwarding: set[int] = set()  # families for which it is known to be on
-        if known is not None:
-            for cidr in known.gateways:
-                self._present.setdefault(cidr.family, []).append(cidr)
-            self._forwarding.update(known.forwarding)
+        self._forwarding: set[int] = set()  # families for which it is on
 
     @property
     def vlan_link(self) -> LinkState | None:
@@ -48,6 +45,8 @@ class Gateway:
 
         `own_port` is the port of the pod itself, once it is there. Raises CniError.
         """
+        if self._known is not None and self._known.gateways.issuperset(wanted):
+            return
         for family, setting in FORWARDING.items():
             mine = [cidr for cidr in wanted if cidr.family == family]
             missing = [cidr for cidr in mine if cidr not in self._addresses(family)]
@@ -58,11 +57,12 @@ class Gateway:
                 self._forwarding.add(family)
 
     def learned(self, gateways: list[Cidr]) -> KnownBridge:
-        """What the next pod's ADD need not find out: those gateways, which are set up, and forwarding."""
-        return KnownBridge(self._link, frozenset(gateways), frozenset(self._forwarding))
+        """What the next pod's ADD need not find out: those gateways, which are set up."""
+        return KnownBridge(self._link, frozenset(gateways))
 
     def set_up_again(self, wanted: list[Cidr], own_port: str) -> None:
         """`set_up` that takes nothing for known."""
+        self._known = None
         self._present.clear()
         self._forwarding.clear()
         self.set_up(wanted, own_port)

@@ -50,31 +50,29 @@ class Changed(Exception):
 
 
 class KnownBridge:
-    """A bridge as the last pod's ADD left it, with the gateways on it and the families that are forwarded.
+    """A bridge as the last pod's ADD left it, with the gateways on it; their families are forwarded.
 
     The next ADD does not ask for all that again, and then make its veth pair: it makes it, and has the kernel
     confirm the rest in the same message.
     """
 
-    __slots__ = ("forwarding", "gateways", "link")
+    __slots__ = ("gateways", "link", "questions")
 
-    def __init__(self, link: LinkState, gateways: frozenset[Cidr], forwarding: frozenset[int]) -> None:
+    def __init__(self, link: LinkState, gateways: frozenset[Cidr]) -> None:
         self.link = link
         self.gateways = gateways
-        self.forwarding = forwarding
-
-    def questions(self) -> list[Message]:
-        """Give the bridge addresses that it has: what the kernel refuses is there."""
-        return [rtlink.add_address(self.link.ifindex, cidr) for cidr in self.gateways]
+        # Give the bridge addresses that it has: what the kernel refuses is there.
+        self.questions: list[Message] = [rtlink.add_address(link.ifindex, cidr) for cidr in gateways]
 
     def confirm(self, host: Host, answers: list[Answer], after: Answer) -> None:
         """Raise Changed unless all is as it was, by the answers to the questions and one about the link."""
+        is_same = any([rtlink.is_still(message.body, self.link) for message in after.messages])
+        if is_same and all([one.errno == EEXIST for one in answers]):
+            return
         missing = [cidr for cidr, one in zip(self.gateways, answers, strict=True) if one.errno == 0]
         # Whether they may stand beside what else is there is yet to be seen.
         host.route.transact([rtlink.drop_address(self.link.ifindex, cidr) for cidr in missing])
-        is_same = any(rtlink.is_still(message.body, self.link) for message in after.messages)
-        if not is_same or any(one.errno != EEXIST for one in answers):
-            raise Changed
+        raise Changed
 
 
 def ensure_bridge(host: Host, conf: BridgeConf) -> LinkState:
@@ -120,7 +118,7 @@ def plug(
         if has_flags:
             steps.append(rtlink.set_port(name, conf.hairpin, conf.isolated))
         if known is not None:
-            steps += known.questions()
+            steps += known.questions
         made, *rest, after = host.route.transact([*steps, rtlink.get_link(ifindex=bridge.ifindex)])
         flags, answers = rest[:has_flags], rest[has_flags:]
         try:
@@ -128,7 +126,9 @@ def plug(
                 known.confirm(host, answers, after)
             if made.errno == 0:
                 port = _port(host, name, port_mac, made, f'failed to lookup "{name}"')
-                _set_up(host, conf, bridge, port, flags, after)
+                _set_up(host, conf, port, flags)
+                if known is None:  # else its MAC was confirmed
+                    _pin_mac(host, bridge, after)
                 return port
         except (CniError, KernelError, Changed):
             if made.errno == 0:
@@ -151,13 +151,10 @@ def _port(host: Host, name: str, mac: str, made: Answer, failed: str) -> Port:
     return Port(name, mac, found.ifindex, found.peer)
 
 
-def _set_up(
-    host: Host, conf: BridgeConf, bridge: LinkState, port: Port, flags: list[Answer], after: Answer
-) -> None:
+def _set_up(host: Host, conf: BridgeConf, port: Port, flags: list[Answer]) -> None:
     """What a port has besides: its flags, by the answer that they were given, VLANs, and no routes."""
     for answer in flags:
         expect(answer, f"failed to setup hairpin mode for {port.name}")
-    _pin_mac(host, bridge, after)
     _tag(host, conf, port, conf.trunk)
     host.afterwards(lambda: try_write(host.sysctl(f"ipv6/conf/{port.name}/accept_ra"), "0"))
 

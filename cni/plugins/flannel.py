@@ -297,7 +297,7 @@ class Flannel:
         if self._mode == _EXEC:
             return False
         if config["type"] == "bridge":
-            return self._mode == _BUILT_IN or all(name.lower() in BRIDGE_KEYS for name in config)
+            return self._mode == _BUILT_IN or BRIDGE_KEYS.issuperset(map(str.lower, config))
         if self._mode == _BUILT_IN:
             kind = gojson.dumps(config["type"])
             text = f"delegateMode is builtin, but of the delegates only bridge is built in, not {kind}"

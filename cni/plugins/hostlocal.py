@@ -26,7 +26,7 @@ from cni.ipam.reclaim import RESULTS, Reclaimer
 from cni.ipam.store import Held, Store, StoreFault, attachment_of, bare_owner, owner_of
 from cni.plugins.about import about
 from cni.spec import args, gojson, result
-from cni.spec.address import Cidr, parse_cidr
+from cni.spec.address import parse_cidr
 from cni.spec.netconf import NetConf
 
 TYPE_CHECKING = False
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from cni.ipam.index import Indexes
     from cni.ipam.ranges import Address, Range, RangeSet
     from cni.ipam.store import View
+    from cni.spec.address import Cidr
     from cni.spec.request import Request
 
     Report = Callable[[str, int, int, int], None]
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
         def have(self, addresses: list[str]) -> set[str]:
             """Those of the addresses that somebody has; all of them when that cannot be told."""
 
-        def are_known_to_have(self, text: str) -> bool:
+        def are_known_to_have(self, address: Address) -> bool:
             """Whether somebody has this one; asked for each address that is given, so it must cost little."""
 
 
@@ -122,13 +123,7 @@ class HostLocal:
 
     def gateways(self, request: Request) -> list[Cidr]:
         """The gateway of each set that has just one; raises CniError 999."""
-        found = []
-        for one in self._config(request).sets:
-            known = {(home.gateway, home.subnet.prefix) for home in one.ranges}
-            gateway, prefix = next(iter(known))
-            if len(known) == 1 and gateway[0] == one.family:
-                found.append(Cidr(*gateway, prefix))
-        return found
+        return self._config(request).gateways
 
     def _config(self, request: Request) -> IpamConfig:
         if self._parsed is None or self._parsed[0] is not request:
@@ -277,9 +272,11 @@ class HostLocal:
             self._look_back(config.place, held)
             try:
                 for index, one in enumerate(config.sets):
-                    wish = next((address for address in wishes if address in one), None)
-                    if wish is not None:
-                        wishes.remove(wish)
+                    wish = None
+                    if wishes:
+                        wish = next((address for address in wishes if address in one), None)
+                        if wish is not None:
+                            wishes.remove(wish)
                     made.append(self._take(config.place, held, index, one, wish, owner))
                     used = one.used(held.holdings.taken[one.family])
                     self._tell(config.place.network, index, one, used)
@@ -304,10 +301,11 @@ class HostLocal:
         except Refused as exc:
             raise CniError(INTERNAL, f"failed to allocate for range {index}: {exc}") from None
 
-    def _is_squatted(self, text: str) -> bool:
+    def _is_squatted(self, address: Address) -> bool:
         """Whether somebody has an address that is free by this store: podman's, say, which has its own."""
-        if self._users is None or not self._users.are_known_to_have(text):
+        if self._users is None or not self._users.are_known_to_have(address):
             return False
+        text = address_text(address)
         self._host.note(f"host-local: {text} is not reserved here, yet somebody answers for it; passed over")
         return True
 

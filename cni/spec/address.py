@@ -16,10 +16,11 @@ _MAPPED = 0xFFFF << 32  # ::ffff:0:0/96, RFC 4291 section 2.5.5.2
 _MOST_KNOWN = 256
 _parsed: dict[str, tuple[int, int]] = {}
 _formatted: dict[tuple[int, int], str] = {}
+_cidrs: dict[str, Cidr] = {}
 
 
 class Cidr:
-    """An address and its prefix length; host bits are kept. `family` is 4 or 6."""
+    """An address and its prefix length; host bits are kept. `family` is 4 or 6. Nobody changes one."""
 
     __slots__ = ("family", "prefix", "value")
 
@@ -31,23 +32,33 @@ class Cidr:
     def network(self) -> Cidr:
         """The same CIDR with its host bits cleared."""
         host_bits = (32 if self.family == 4 else 128) - self.prefix
-        return Cidr(self.family, self.value >> host_bits << host_bits, self.prefix)
+        value = self.value >> host_bits << host_bits
+        return self if value == self.value else Cidr(self.family, value, self.prefix)
 
     def __str__(self) -> str:
         return f"{format_ip(self.family, self.value)}/{self.prefix}"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Cidr) and self._fields() == other._fields()
+        if not isinstance(other, Cidr):
+            return False
+        return self.value == other.value and self.prefix == other.prefix and self.family == other.family
 
     def __hash__(self) -> int:
-        return hash(self._fields())
-
-    def _fields(self) -> tuple[int, int, int]:
-        return self.family, self.value, self.prefix
+        return hash((self.family, self.value, self.prefix))
 
 
 def parse_cidr(text: str) -> Cidr:
     """Parse `address/prefix`; raises ValueError with Go's words."""
+    found = _cidrs.get(text)
+    if found is None:
+        found = _parse_cidr(text)
+        if len(_cidrs) >= _MOST_KNOWN:
+            _cidrs.clear()
+        _cidrs[text] = found
+    return found
+
+
+def _parse_cidr(text: str) -> Cidr:
     address, slash, mask = text.partition("/")
     try:
         family, value = parse_ip(address)
@@ -93,7 +104,7 @@ def format_ip(family: int, value: int) -> str:
 
 def _format_ip(family: int, value: int) -> str:
     if family == 4:
-        return ".".join(str(value >> shift & 0xFF) for shift in (24, 16, 8, 0))
+        return f"{value >> 24 & 0xFF}.{value >> 16 & 0xFF}.{value >> 8 & 0xFF}.{value & 0xFF}"
     groups = [value >> shift & 0xFFFF for shift in range(112, -1, -16)]
     start, length = _longest_zeros(groups)
     if length < 2:

@@ -36,11 +36,14 @@ def load(text: str, known: tuple[str, ...]) -> dict[str, str]:
 
 
 def relevant(text: str, known: tuple[str, ...]) -> str:
-    """`text` if it says something of `known`, or is wrong; else nothing, which says as much."""
+    """`text` if it may say something of `known`, or may be wrong; else nothing, which says as much."""
+    pairs = [pair.split("=") for pair in text.split(";")]
     try:
-        return text if load(text, known) else ""
-    except CniError:
+        found = dict(pairs)
+    except ValueError:  # one of them is no pair
         return text
+    is_plain = len(found) == len(pairs) and found.get("IgnoreUnknown") == "1"
+    return "" if is_plain and found.keys().isdisjoint(known) else text
 
 
 def _boolean(key: str, text: str) -> bool:

@@ -214,6 +214,8 @@ def integer(record: Object, name: str, default: int | None, low: int, high: int)
 
 _WORDS: dict[type, str] = {bool: "true or false", str: "a string", list: "an array", dict: "an object"}
 
+# What stands for itself; most texts hold nothing else.
+_PLAIN = frozenset(map(chr, range(0x20, 0x7F))) - frozenset('"\\<>&')
 # Go's encoder escapes these so that JSON can stand inside HTML and JavaScript.
 _ESCAPES = str.maketrans(
     {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
@@ -221,6 +223,8 @@ _ESCAPES = str.maketrans(
 
 
 def _string(text: str) -> str:
+    if _PLAIN.issuperset(text):
+        return f'"{text}"'
     if text.isascii():
         return encode_basestring(text).translate(_ESCAPES)
     # A lone surrogate has no UTF-8 form; Go writes the replacement character.
@@ -273,7 +277,8 @@ def _write(value: object, indent: str, sort: bool, newline: str) -> str:
             return "{}"
         colon, inner = ": " if indent else ":", newline + indent
         members = [
-            f"{_string(name)}{colon}{_write(value[name], indent, sort, inner)}"
+            f"{_string(name)}{colon}"
+            f"{_string(one) if type(one := value[name]) is str else _write(one, indent, sort, inner)}"
             for name in (sorted(value) if sort else value)
         ]
         return f"{{{inner}{f',{inner}'.join(members)}{newline}}}"

@@ -27,7 +27,7 @@ _LONGEST_IFNAME_BYTES = 15  # the kernel's IFNAMSIZ less the final NUL
 class Request:
     """A plugin call. stdin is not parsed, by `load`, before `config` is asked for, which nobody changes."""
 
-    __slots__ = ("_config", "_load", "_stdin", "environment")
+    __slots__ = ("_config", "_load", "_stdin", "_version", "environment")
 
     def __init__(
         self,
@@ -39,6 +39,7 @@ class Request:
         self._stdin: bytes | None = stdin
         self._load = load
         self._config: gojson.Object | None = None
+        self._version = ""
 
     @property
     def stdin(self) -> bytes:
@@ -84,10 +85,12 @@ class Request:
     @property
     def version(self) -> str:
         """The netconf's cniVersion, 0.1.0 if it has none; raises CniError 6."""
-        try:
-            return gojson.typed(self.config, "cniVersion", str, "") or version.ABSENT
-        except gojson.GoJsonError as exc:
-            raise CniError(DECODING_FAILURE, f"decoding version from network config: {exc}") from None
+        if not self._version:
+            try:
+                self._version = gojson.typed(self.config, "cniVersion", str, "") or version.ABSENT
+            except gojson.GoJsonError as exc:
+                raise CniError(DECODING_FAILURE, f"decoding version from network config: {exc}") from None
+        return self._version
 
     def for_attachment(self, command: str, container_id: str, ifname: str) -> Request:
         """The request of an attachment whose namespace is gone, on the runtime's behalf."""
@@ -147,6 +150,8 @@ def _check_container_id(container_id: str) -> None:
 
 
 def _check_ifname(ifname: str) -> None:
+    if len(ifname) <= _LONGEST_IFNAME_BYTES and ifname.isascii() and ifname.isalnum():
+        return
     if len(ifname.encode("utf-8", "surrogateescape")) > _LONGEST_IFNAME_BYTES:
         details = "interface name should be less than 16 characters"
         raise CniError(INVALID_ENVIRONMENT, "interface name is too long", details)

@@ -17,6 +17,7 @@ from cni.ipam.index import Indexes
 from cni.local import LocalHost
 from cni.plugins.hostlocal import HostLocal
 from cni.spec import gojson
+from cni.spec.address import format_ip
 from cni.spec.request import Request
 
 ROOT = Path(__file__).parents[2]
@@ -51,8 +52,8 @@ class Rig:
     def have(self, addresses: list[str]) -> set[str]:
         return self.alive & set(addresses)
 
-    def are_known_to_have(self, text: str) -> bool:
-        return text in self.squatted
+    def are_known_to_have(self, address: tuple[int, int]) -> bool:
+        return format_ip(*address) in self.squatted
 
     def request(
         self, container: str = "c1", subnet: str = USUAL, top: dict[str, Any] | None = None

@@ -13,7 +13,7 @@ def test_nobody_waits_for_nobody() -> None:
     began = time.monotonic()
     for _ in range(1000):
         precedence.give_way()
-    with precedence.call():
+    with precedence:
         pass
     precedence.give_way()
     assert time.monotonic() - began < 1.0
@@ -23,8 +23,8 @@ def test_one_who_gives_way_goes_on_when_the_last_call_ends() -> None:
     precedence, began, ended = Precedence(), Event(), Event()
 
     def serve() -> None:
-        with precedence.call():
-            with precedence.call():
+        with precedence:
+            with precedence:
                 began.set()
             time.sleep(0.005)  # the call's work; less than anybody waits
             ended.set()
@@ -39,7 +39,7 @@ def test_one_who_gives_way_goes_on_when_the_last_call_ends() -> None:
 
 def test_a_call_without_end_does_not_stop_everything() -> None:
     precedence = Precedence()
-    with precedence.call():
+    with precedence:
         began = time.monotonic()
         precedence.give_way()
         assert 0.01 < time.monotonic() - began < 5.0
@@ -48,7 +48,7 @@ def test_a_call_without_end_does_not_stop_everything() -> None:
 def test_who_was_kept_waiting_long_enough_gets_a_turn() -> None:
     """However often it gives way: thousands of leases are not decoded at one each 20 ms."""
     precedence = Precedence()
-    with precedence.call():
+    with precedence:
         precedence.give_way()
         began = time.monotonic()
         turns = 0
