@@ -8,7 +8,7 @@ Each netlink message that is left out or sent together with another is time off 
     container   addresses, link up, routes: one batch
                 then the answer
     host        the port's setting, forwarding; is the port up?
-    container   the addresses announced
+    container   settings of IPv6; the addresses announced
 
 Decision: after the answer comes what nobody relies on within a millisecond, and what may be done beside the
 next plugin of the chain. Both ends of the pair are up by then, and so is the port; but the kernel has not
@@ -25,7 +25,7 @@ from cni.net.rtlink import IFA_F_DADFAILED, IFA_F_TENTATIVE, AddressState
 from cni.plugins.bridgegate import Gateway, gateway_of
 from cni.plugins.bridgeport import Changed, await_port, ensure_bridge, plug
 from cni.plugins.ipam import Ipam
-from cni.plugins.links import carry_out, ensure, expect, find, objects, ports, put, random_mac, try_write
+from cni.plugins.links import carry_out, ensure, expect, find, objects, ports, random_mac, try_write
 from cni.spec.address import Cidr, format_ip, parse_cidr, parse_ip
 
 TYPE_CHECKING = False
@@ -113,6 +113,8 @@ class Attachment:
         elif not conf.interface_down:
             name = self._request.ifname
             expect(netns.route.request(*rtlink.set_link(port.peer, up=True)), f'failed to set "{name}" up')
+        if self._has_ipv6:
+            self._host.afterwards(lambda: self._write_later_settings(netns))
         self._host.afterwards(lambda: self._announce(bridge, netns, port, mac))
         dns = made.pop("dns", None)
         if conf.dns is not None:
@@ -239,13 +241,26 @@ class Attachment:
         steps.append(rtlink.start(ifindex))
         texts.append(f'failed to set "{ifname}" UP')
         if detect and self._has_ipv6:
-            carry_out(netns.route, steps, texts)
+            self._carry_out(netns, steps, texts)
             self._settle(netns, ifindex)
             steps, texts = [], []
         for route, text in _route_steps(ifname, ifindex, ips, routes):
             steps.append(route)
             texts.append(text)
-        carry_out(netns.route, steps, texts)
+        self._carry_out(netns, steps, texts)
+
+    def _carry_out(self, netns: Netns, steps: list[Message], texts: list[str]) -> None:
+        """Send all at once. With IPv6 addresses what is refused is tried again with IPv6 switched on.
+
+        That is mostly on, so nobody looks before.
+        """
+        answers = netns.route.transact(steps)
+        refused = [place for place, answer in enumerate(answers) if answer.errno]
+        if refused and self._has_ipv6:
+            _enable_ipv6(netns, self._request.ifname)
+            carry_out(netns.route, [steps[place] for place in refused], [texts[place] for place in refused])
+        elif refused:
+            expect(answers[refused[0]], texts[refused[0]])
 
     def _write_settings(self, netns: Netns) -> None:
         ifname = self._request.ifname
@@ -254,12 +269,13 @@ class Attachment:
         try_write(
             netns.sysctl(f"ipv6/conf/{ifname}/accept_dad"), "1" if self._conf.detect_duplicates else "0"
         )
-        if not self._has_ipv6:
-            return
-        try_write(netns.sysctl(f"ipv6/conf/{ifname}/ndisc_notify"), "1")
-        for name in ("lo", ifname):
-            ensure(netns.sysctl(f"ipv6/conf/{name}/disable_ipv6"), "0", f"enable IPv6 for interface {name}")
-        put(netns.sysctl(f"ipv6/conf/{ifname}/keep_addr_on_down"), "1", f"keep the addresses of {ifname}")
+
+    def _write_later_settings(self, netns: Netns) -> None:
+        """Those that are of no effect within the next millisecond."""
+        ifname = self._request.ifname
+        for name in ("ndisc_notify", "keep_addr_on_down"):
+            try_write(netns.sysctl(f"ipv6/conf/{ifname}/{name}"), "1")
+        _enable_ipv6(netns, "lo")
 
     def _settle(self, netns: Netns, ifindex: int) -> None:
         """Wait for the end of duplicate address detection; raises CniError with upstream's words."""
@@ -353,6 +369,10 @@ class Users:
             return None
 
 
+def _enable_ipv6(netns: Netns, ifname: str) -> None:
+    ensure(netns.sysctl(f"ipv6/conf/{ifname}/disable_ipv6"), "0", f"enable IPv6 for interface {ifname}")
+
+
 def _route_steps(
     ifname: str, ifindex: int, ips: list[gojson.Object], routes: list[gojson.Object]
 ) -> list[tuple[Message, str]]:
@@ -366,11 +386,7 @@ def _route_steps(
     for route in routes:
         dst = parse_cidr(str(route["dst"])).network()
         via = parse_ip(str(route["gw"])) if route.get("gw") else first.get(dst.family)
-        table, priority, scope = (
-            _number(route.get("table")),
-            _number(route.get("priority")),
-            _number(route.get("scope")),
-        )
+        table, priority, scope = map(_number, map(route.get, ("table", "priority", "scope")))
         if not (0 <= priority < 1 << 32 and 0 <= table < 1 << 32 and 0 <= scope < 1 << 8):
             raise CniError(
                 INVALID_CONFIG,

@@ -77,14 +77,16 @@ class Flannel:
         with Scratch(self._host, conf.data_dir) as scratch:
             existed = scratch.load(request.container_id, request.ifname) is not None
             try:
-                used, printed = self._add(request, config, data, None if existed else scratch)
+                used, data, printed = self._add(request, config, data, None if existed else scratch)
                 made = _convert(printed, _version_of(used), conf.version or version.ABSENT)
             except CniError as exc:
                 if not existed:
                     self._undo(request, scratch, exc)
                 raise
             if existed:
-                scratch.save(request.container_id, request.ifname, _encode(used))
+                scratch.save(request.container_id, request.ifname, data)
+        if not existed:
+            self._host.afterwards(lambda: self._complete(request, conf, data))
         return made
 
     def delete(self, request: Request) -> None:
@@ -151,22 +153,26 @@ class Flannel:
 
     def _add(
         self, request: Request, config: gojson.Object, data: bytes, scratch: Scratch | None
-    ) -> tuple[gojson.Object, Made]:
-        """Run the delegate's ADD, saving its configuration first if `scratch` is given; (used, result).
+    ) -> tuple[gojson.Object, bytes, Made]:
+        """Run the delegate's ADD, saving its configuration first if `scratch` is given.
 
-        `data` is `config` as it is written.
+        `data` is `config` as it is written. Both come back as they were used, with the result.
         """
 
-        def attempt(config: gojson.Object, data: bytes) -> tuple[gojson.Object, Made]:
+        def attempt(config: gojson.Object, data: bytes) -> tuple[gojson.Object, bytes, Made]:
             if scratch is not None:
                 scratch.save(request.container_id, request.ifname, data)
-            return config, self._delegate(request, "ADD", config, data)
+            return config, data, self._delegate(request, "ADD", config, data)
 
         try:
             return attempt(config, data)
         except delegate.DelegateRefused as exc:
             lowered = self._lowered(request, config, exc)
             return attempt(lowered, _encode(lowered))
+
+    def _complete(self, request: Request, conf: NetConf, data: bytes) -> None:
+        with Scratch(self._host, conf.data_dir) as scratch:
+            scratch.complete(request.container_id, request.ifname, data)
 
     def _undo(self, request: Request, scratch: Scratch, failure: CniError) -> None:
         """Take back a failed ADD; if the delegate cannot, the scratch file stays for the runtime's DEL."""

@@ -28,6 +28,34 @@ def test_save_writes_upstreams_file_and_ours(tmp_path: Path) -> None:
     assert {oct(one.stat().st_mode) for one in (directory, tmp_path / "a")} == {"0o40700"}
 
 
+def test_our_file_of_a_containers_first_attachment_comes_later(tmp_path: Path) -> None:
+    scratch = Scratch(HOST, str(tmp_path))
+    assert scratch.load("c1", "eth0") is None
+    scratch.save("c1", "eth0", b"first")
+    assert files(tmp_path) == {"c1": b"first"}
+    assert scratch.load("c1", "eth0") == b"first"  # as if it never came
+    scratch.complete("c1", "eth0", b"first")
+    assert files(tmp_path) == {"c1": b"first", "c1@eth0": b"first"}
+    assert scratch.load("c1", "net1") is None
+    scratch.save("c1", "net1", b"second")
+    assert files(tmp_path) == {"c1": b"second", "c1@eth0": b"first", "c1@net1": b"second"}
+
+
+@pytest.mark.parametrize("by_then", [None, b"other"])
+def test_our_file_does_not_come_if_the_container_is_detached_by_then(
+    tmp_path: Path, by_then: bytes | None
+) -> None:
+    """By upstream, say, or by the cold path; or attached anew."""
+    scratch = Scratch(HOST, str(tmp_path))
+    scratch.load("c1", "eth0")
+    scratch.save("c1", "eth0", b"first")
+    (tmp_path / "c1").unlink()
+    if by_then is not None:
+        (tmp_path / "c1").write_bytes(by_then)
+    scratch.complete("c1", "eth0", b"first")
+    assert list(files(tmp_path)) == ([] if by_then is None else ["c1"])
+
+
 def test_an_existing_directory_keeps_its_mode(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     Scratch(HOST, str(tmp_path)).save("c1", "eth0", b"{}")
