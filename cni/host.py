@@ -190,24 +190,22 @@ class Netns:
     """The container's network namespace, by what was opened in it.
 
     `descriptor` is the namespace itself (where the peer of a veth is born), `route` its route netlink,
-    `sysctls` descriptors of its /proc/sys/net/ipv4 and, where the kernel has it, ipv6. (What /proc/sys/net
-    itself leads to depends on who looks.)
+    `settings` a descriptor of its /proc/sys/net/ipv6/conf, None where the kernel has no IPv6. (What
+    /proc/sys/net itself leads to depends on who looks.)
     """
 
-    __slots__ = ("descriptor", "route", "sysctls")
+    __slots__ = ("descriptor", "route", "settings")
 
-    def __init__(self, descriptor: int, route: NetlinkSocket, sysctls: dict[str, int]) -> None:
+    def __init__(self, descriptor: int, route: NetlinkSocket, settings: int | None) -> None:
         self.descriptor = descriptor
         self.route = route
-        self.sysctls = sysctls
+        self.settings = settings
 
-    def sysctl(self, name: str) -> Sysctl:
-        """A setting of the namespace, as `ipv6/conf/eth0/accept_dad`."""
-        family, _, rest = name.partition("/")
-        # Of a kernel without IPv6 the place that is looked in does not exist.
-        if family not in self.sysctls:
-            return Sysctl(name, f"none/{rest}", self.sysctls["ipv4"])
-        return Sysctl(name, rest, self.sysctls[family])
+    def ipv6_setting(self, ifname: str, name: str) -> Sysctl:
+        """A setting of a link in the namespace, as `accept_dad`."""
+        # The empty path leads nowhere: there is no such setting.
+        path = f"{ifname}/{name}" if self.settings is not None else ""
+        return Sysctl(f"ipv6/conf/{ifname}/{name}", path, self.settings)
 
     @property
     def identity(self) -> tuple[int, int]:

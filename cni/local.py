@@ -1,7 +1,7 @@
 """`cni.host.Host` for the plugin's own process: the cold path.
 
 The shim, where there is one, has opened the container's namespace already and leaves the descriptors in
-FLANNEL_CNI_FDS, as `own=3 root=4 netns=5 route=6 ipv4=7 ipv6=8 error=0`. Otherwise they are opened here.
+FLANNEL_CNI_FDS, as `own=3 root=4 netns=5 route=6 settings=7 error=0`. Otherwise they are opened here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 DESCRIPTORS = "FLANNEL_CNI_FDS"
-_SYSCTLS, _FAMILIES = "/proc/sys/net", ("ipv4", "ipv6")
+_SYSCTLS = "/proc/sys/net"
 _OWN_NETNS = "/proc/thread-self/ns/net"
 _CLONE_NEWNET, _NS_GET_NSTYPE = 0x40000000, 0xB703  # ioctl_ns(2)
 _NOT_A_NAMESPACE = -1
@@ -168,8 +168,7 @@ class LocalHost:
         if "netns" in given:
             route = NetlinkSocket(ROUTE, given["route"])
             route.start_afresh()
-            sysctls = {name: given[name] for name in _FAMILIES if name in given}
-            return Netns(given["netns"], route, sysctls)
+            return Netns(given["netns"], route, given.get("settings"))
         raise netns_error(path, given.get("error", 0))
 
 
@@ -218,21 +217,19 @@ def _opened(path: str) -> Netns:
             raise netns_error(path, _NOT_A_NAMESPACE)
         _enter(descriptor, path)
         try:
-            return Netns(descriptor, NetlinkSocket(ROUTE), _open_sysctls())
+            return Netns(descriptor, NetlinkSocket(ROUTE), _open_settings())
         finally:
             _enter(own, _OWN_NETNS)
     finally:
         os.close(own)
 
 
-def _open_sysctls() -> dict[str, int]:
-    """The settings of the namespace that this thread is in, for later, when it is in another."""
-    found = {}
-    for family in _FAMILIES:
-        path = f"{_SYSCTLS}/{family}"
-        if os.path.isdir(path):
-            found[family] = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    return found
+def _open_settings() -> int | None:
+    """IPv6's settings of the namespace that this thread is in, for later, when it is in another."""
+    try:
+        return os.open(f"{_SYSCTLS}/ipv6/conf", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
 
 
 def _is_netns(descriptor: int) -> bool:

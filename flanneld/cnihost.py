@@ -176,8 +176,9 @@ class Passed:
     def __getitem__(self, bit: int) -> int:
         return self._by_bit[bit]
 
-    def __contains__(self, bit: int) -> bool:
-        return bit in self._by_bit
+    def get(self, bit: int) -> int | None:
+        """None if it did not come."""
+        return self._by_bit.get(bit)
 
     def identity(self, bit: int) -> Identity | None:
         """Of a namespace or directory; None if it did not come."""
@@ -335,10 +336,8 @@ class WarmHost:
             raise netns_error(path, self._error)
         if self._netns is None:
             passed = self._passed
-            families = (("ipv4", cniwire.IPV4), ("ipv6", cniwire.IPV6))
-            sysctls = {name: passed[bit] for name, bit in families if bit in passed}
             route = OwnSocket(ROUTE, self._sockets.buffer, passed.take(cniwire.ROUTE))
-            self._netns = Netns(passed[cniwire.NETNS], route, sysctls)
+            self._netns = Netns(passed[cniwire.NETNS], route, passed.get(cniwire.SETTINGS))
         return self._netns
 
     def shares_netns(self, path: str) -> bool:

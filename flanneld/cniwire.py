@@ -10,7 +10,9 @@ order of their bits. A declined request never was begun.
 
 Decision: the daemon says hello once it has the whole request, and begins only if that could be said. A shim
 that will not wait for it any longer closes its end; the kernel takes one or the other first, so both know
-whether the request was begun. Version 1 greeted first, which cost each call two changes of the processor.
+whether the request was begun. Version 1 greeted first, which cost each call two changes of the processor;
+version 2 had descriptors of the container's settings a level higher, where the kernel keeps an entry for each
+look from another namespace.
 """
 
 from __future__ import annotations
@@ -21,15 +23,15 @@ import struct
 from cni.errors import ProtocolError
 
 MAGIC = b"FCNI"
-VERSION = 2
+VERSION = 3
 HELLO = struct.pack("=4sHH", MAGIC, VERSION, 0)
 
 # Bits of the mask: the shim's namespace and root directory; then the container's namespace, and what was
-# opened in it: a route netlink socket, /proc/sys/net/ipv4 and, where there is one, ipv6. (What /proc/sys/net
-# itself leads to depends on who looks; what is below these two does not.)
-OWN, ROOT, NETNS, ROUTE, IPV4, IPV6 = DESCRIPTORS = tuple(1 << bit for bit in range(6))
+# opened in it: a route netlink socket and, where there is one, /proc/sys/net/ipv6/conf. (What /proc/sys/net
+# itself leads to depends on who looks; what is below that directory does not.)
+OWN, ROOT, NETNS, ROUTE, SETTINGS = DESCRIPTORS = tuple(1 << bit for bit in range(5))
 _NEEDED = OWN | ROOT
-_OF_CONTAINER = NETNS | ROUTE | IPV4
+_OF_CONTAINER = NETNS | ROUTE
 NOT_A_NAMESPACE = -1
 
 LARGEST_BYTES = 4 << 20  # name, environment and stdin together
@@ -55,7 +57,7 @@ class Header:
             raise WireError("it does not begin as a request")
         if version != VERSION:
             raise WireError(f"it is of version {version} of the protocol, not {VERSION}")
-        if mask & ~IPV6 not in (_NEEDED, _NEEDED | _OF_CONTAINER) or mask == _NEEDED | IPV6:
+        if mask & ~SETTINGS not in (_NEEDED, _NEEDED | _OF_CONTAINER) or mask == _NEEDED | SETTINGS:
             raise WireError(f"its mask of descriptors is {mask:#x}")
         if netns_error < NOT_A_NAMESPACE or (netns_error and mask & NETNS):
             raise WireError(f"its error for the namespace is {netns_error}")

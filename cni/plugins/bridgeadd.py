@@ -265,16 +265,14 @@ class Attachment:
     def _write_settings(self, netns: Netns) -> None:
         ifname = self._request.ifname
         if self._conf.detect_duplicates:
-            try_write(netns.sysctl(f"ipv6/conf/{ifname}/enhanced_dad"), "1")
-        try_write(
-            netns.sysctl(f"ipv6/conf/{ifname}/accept_dad"), "1" if self._conf.detect_duplicates else "0"
-        )
+            try_write(netns.ipv6_setting(ifname, "enhanced_dad"), "1")
+        try_write(netns.ipv6_setting(ifname, "accept_dad"), "1" if self._conf.detect_duplicates else "0")
 
     def _write_later_settings(self, netns: Netns) -> None:
         """Those that are of no effect within the next millisecond."""
         ifname = self._request.ifname
         for name in ("ndisc_notify", "keep_addr_on_down"):
-            try_write(netns.sysctl(f"ipv6/conf/{ifname}/{name}"), "1")
+            try_write(netns.ipv6_setting(ifname, name), "1")
         _enable_ipv6(netns, "lo")
 
     def _settle(self, netns: Netns, ifindex: int) -> None:
@@ -370,7 +368,7 @@ class Users:
 
 
 def _enable_ipv6(netns: Netns, ifname: str) -> None:
-    ensure(netns.sysctl(f"ipv6/conf/{ifname}/disable_ipv6"), "0", f"enable IPv6 for interface {ifname}")
+    ensure(netns.ipv6_setting(ifname, "disable_ipv6"), "0", f"enable IPv6 for interface {ifname}")
 
 
 def _route_steps(

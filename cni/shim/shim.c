@@ -23,9 +23,9 @@
 enum { CONNECT_MS = 2000, HELLO_MS = 5000, ANSWER_MS = 60000, LONGEST_MS = 24 * 3600 * 1000 };
 /* A request behind its header; of stdin, more than the cold path takes; one send; a text of a reply. */
 enum { BODY_BYTES = 4 << 20, STDIN_BYTES = 17 << 20, CHUNK_BYTES = 1 << 15, TEXT_BYTES = 64 << 20 };
-enum { NSFS = 0x6e736673, PROCFS = 0x9fa0, DECLINED = 1, NETLINK_ROUTE = 0, VERSION = 2 };
-/* By bit of fd_mask. What /proc/sys/net leads to depends on who looks, what is below ipv4 and ipv6 not. */
-enum { OWN, ROOT, NETNS, ROUTE, IPV4, IPV6, DESCRIPTORS };
+enum { NSFS = 0x6e736673, PROCFS = 0x9fa0, DECLINED = 1, NETLINK_ROUTE = 0, VERSION = 3 };
+/* By bit of fd_mask. What /proc/sys/net leads to depends on who looks, what is below ipv6/conf not. */
+enum { OWN, ROOT, NETNS, ROUTE, SETTINGS, DESCRIPTORS };
 
 static struct {
 	struct { char magic[4]; uint32_t fd_mask; int32_t netns_error; /* -1: a file that is no namespace */
@@ -33,7 +33,7 @@ static struct {
 	char body[BODY_BYTES + STDIN_BYTES];
 } request;
 static size_t body_len;
-static int timeout_ms, descriptors[DESCRIPTORS] = {-1, -1, -1, -1, -1, -1};
+static int timeout_ms, descriptors[DESCRIPTORS] = {-1, -1, -1, -1, -1};
 static int64_t deadline_ms; /* of what is done with the socket now */
 static const char *command, *socket_path, *reason = "stdin is a terminal"; /* why flanneld did not do it */
 
@@ -81,7 +81,7 @@ static _Noreturn void fail(const char *format, ...) {
 
 /* Become the plugin that needs no flanneld; what was read of stdin becomes a file. */
 static _Noreturn void cold(char *name, int undo) {
-	static const char *const labels[] = {"own", "root", "netns", "route", "ipv4", "ipv6"};
+	static const char *const labels[] = {"own", "root", "netns", "route", "settings"};
 	size_t len = request.head.stdin_len;
 	char path[4096 + 32] = "/", handed[256], *end = handed;
 	if (readlink("/proc/self/exe", path, 4096) > 0)
@@ -116,7 +116,7 @@ static int dial(void) {
 	return peer.uid == 0 ? fd : (reason = "it is not root's", -1);
 }
 
-/* Open what needs privilege in the container's namespace, all (but for IPv6) or nothing; 0, errno or -1. */
+/* Open what needs privilege in the container's namespace, all (but for SETTINGS) or nothing; 0, errno or -1. */
 static int open_netns(const char *path) {
 	struct statfs kind;
 	int error = 0, fd = descriptors[NETNS] = open(path, O_RDONLY | O_NONBLOCK | O_NOCTTY);
@@ -125,10 +125,10 @@ static int open_netns(const char *path) {
 	} else if (fd < 0 || setns(fd, CLONE_NEWNET)) {
 		error = errno;
 	} else {
-		if ((descriptors[ROUTE] = socket(AF_NETLINK, SOCK_RAW, NETLINK_ROUTE)) < 0 ||
-		    (descriptors[IPV4] = open("/proc/sys/net/ipv4", O_PATH | O_DIRECTORY)) < 0)
+		if ((descriptors[ROUTE] = socket(AF_NETLINK, SOCK_RAW, NETLINK_ROUTE)) < 0)
 			error = errno;
-		descriptors[IPV6] = open("/proc/sys/net/ipv6", O_PATH | O_DIRECTORY);
+		/* Not there where the kernel has no IPv6. */
+		descriptors[SETTINGS] = open("/proc/sys/net/ipv6/conf", O_PATH | O_DIRECTORY);
 		if (setns(descriptors[OWN], CLONE_NEWNET))
 			fail("cannot return from %s: %s", path, strerror(errno));
 	}

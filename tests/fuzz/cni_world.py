@@ -266,8 +266,7 @@ class Pod:
         self._devices = os.fdopen(devices, encoding="utf-8", errors="backslashreplace")
         kept = {
             "packet": lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0).detach(),
-            "ipv4": lambda: os.open("/proc/sys/net/ipv4", os.O_PATH | os.O_DIRECTORY),
-            "ipv6": lambda: os.open("/proc/sys/net/ipv6", os.O_PATH | os.O_DIRECTORY),
+            "settings": lambda: os.open("/proc/sys/net/ipv6/conf", os.O_PATH | os.O_DIRECTORY),
         }
         return [kept[name]() for name in BITS if name in kept]
 

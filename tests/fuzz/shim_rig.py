@@ -24,9 +24,9 @@ SOURCE = ROOT / "cni" / "shim" / "shim.c"
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
 RELEASE = (*WARNINGS, "-O2", "-static")
 
-VERSION = 2
+VERSION = 3
 HELLO = struct.pack("=4sHH", b"FCNI", VERSION, 0)
-BITS = ("own", "root", "netns", "route", "ipv4", "ipv6")
+BITS = ("own", "root", "netns", "route", "settings")
 LARGEST = 4 << 20
 _HEADER = struct.Struct("=4sIiIIIII")
 _REPLY = struct.Struct("=4sIIII")

@@ -39,12 +39,12 @@ if TYPE_CHECKING:
     from cni.host import Host
 
 MAGIC = b"FCNI"
-VERSION = 2
+VERSION = 3
 HELLO = struct.pack("=4sHH", MAGIC, VERSION, 0)
 HEADER = struct.Struct("=4sIiIIIII")
 REPLY = struct.Struct("=4sIIII")
-OWN, HOST_ROOT, NETNS, ROUTE, IPV4, IPV6 = (1 << bit for bit in range(6))
-OF_CONTAINER = NETNS | ROUTE | IPV4 | IPV6
+OWN, HOST_ROOT, NETNS, ROUTE, SETTINGS = (1 << bit for bit in range(5))
+OF_CONTAINER = NETNS | ROUTE | SETTINGS
 TIMEOUT_S = 20.0
 REQUEST_S = 2.0  # the served process waits no longer for a whole request
 
@@ -106,12 +106,12 @@ class Steps:
         return [shown, text.decode()]
 
     def do_sysctls(self, request: Request) -> object:
-        """Double the container's default TTL, and show it beside the host's."""
-        ours = self._host.netns(request.netns).sysctl("ipv4/ip_default_ttl")
+        """Double the container's hop limit, and show it beside the host's and the host's TTL."""
+        ours = self._host.netns(request.netns).ipv6_setting("lo", "hop_limit")
         ours.write(str(2 * int(ours.read())))
-        hops = self._host.netns(request.netns).sysctl("ipv6/conf/lo/hop_limit")
-        hops.ensure("33")
-        return [ours.read(), hops.read(), self._host.sysctl("ipv4/ip_default_ttl").read()]
+        ours.ensure(ours.read())
+        theirs = map(self._host.sysctl, ("ipv6/conf/lo/hop_limit", "ipv4/ip_default_ttl"))
+        return [ours.read(), *(setting.read() for setting in theirs)]
 
     def do_write_sysctl(self, _request: Request) -> object:
         try:
@@ -332,8 +332,7 @@ class Container:
             return [
                 os.open(namespace.path, os.O_RDONLY),
                 socket.socket(socket.AF_NETLINK, kind, 0).detach(),
-                os.open("/proc/sys/net/ipv4", directory),
-                os.open("/proc/sys/net/ipv6", directory),
+                os.open("/proc/sys/net/ipv6/conf", directory),
             ]
 
         with ThreadPoolExecutor(1) as thread:  # it ends in the container's namespace

@@ -226,8 +226,9 @@ class Late(LocalHost):
             if opened:
                 opened.close()
         if self._netns:
-            for number in (self._netns[1].descriptor, *self._netns[1].sysctls.values()):
-                os.close(number)
+            for number in (self._netns[1].descriptor, self._netns[1].settings):
+                if number is not None:
+                    os.close(number)
 
 
 @pytest.fixture

@@ -193,23 +193,18 @@ def test_descriptors_belong_to_the_container(node: Node, pod: Namespace) -> None
 
 
 def test_sysctls_are_the_containers(node: Node, pod: Namespace) -> None:
-    host = {
-        name: Path(f"/proc/sys/net/{name}").read_text()
-        for name in ("ipv4/ip_default_ttl", "ipv6/conf/lo/mtu")
-    }
-    pod.run("sysctl -qw net.ipv4.ip_default_ttl=77 net.ipv6.conf.lo.hop_limit=78")
+    host = Path("/proc/sys/net/ipv6/conf/lo/hop_limit").read_text()
+    pod.run("sysctl -qw net.ipv6.conf.lo.hop_limit=78")
     request = node.request(CNI_NETNS=pod.path)
     try:
         pod.run("ip link add pfl-late type veth peer name pfl-later")  # after the directory was opened
-        ipv4, ipv6 = (Path(f"/proc/self/fd/{request.descriptors[name]}") for name in ("ipv4", "ipv6"))
-        assert (ipv4 / "ip_default_ttl").read_text() == "77\n" != host["ipv4/ip_default_ttl"]
-        assert (ipv6 / "conf/lo/hop_limit").read_text() == "78\n"
-        (ipv6 / "conf/pfl-late/hop_limit").write_text("79")
-        (ipv4 / "ip_default_ttl").write_text("80")
-        assert pod.run("sysctl -n net.ipv6.conf.pfl-late.hop_limit net.ipv4.ip_default_ttl") == "79\n80\n"
+        settings = Path(f"/proc/self/fd/{request.descriptors['settings']}")
+        assert (settings / "lo/hop_limit").read_text() == "78\n" != host
+        (settings / "pfl-late/hop_limit").write_text("79")
+        assert pod.run("sysctl -n net.ipv6.conf.pfl-late.hop_limit") == "79\n"
     finally:
         request.close()
-    assert {name: Path(f"/proc/sys/net/{name}").read_text() for name in host} == host
+    assert Path("/proc/sys/net/ipv6/conf/lo/hop_limit").read_text() == host
 
 
 def test_a_netns_that_is_none_is_told_as_an_error(node: Node, tmp_path: Path) -> None:
@@ -387,11 +382,7 @@ def test_without_a_daemon_the_cold_plugin_gets_everything(node: Node, pod: Names
     assert given.pop("error") == "0" and list(given) == list(rig.BITS)
     named = {name: report["fds"][number] for name, number in given.items()}
     assert named["own"] == f"net:[{report['netns']}]" and named["netns"] == pod.path
-    assert (
-        named["root"] == "/"
-        and named["ipv4"] == "/proc/sys/net/ipv4"
-        and named["ipv6"] == "/proc/sys/net/ipv6"
-    )
+    assert (named["root"], named["settings"]) == ("/", "/proc/sys/net/ipv6/conf")
     assert named["route"].startswith("socket:")
     assert set(report["fds"]) - {"0", "1", "2"} <= set(given.values()) | {spare(report["fds"])}, (
         "one too many"
@@ -471,7 +462,8 @@ def test_a_listener_that_is_not_root_gets_nothing(node: Node, pod: Namespace, tm
         b"XCNI" + HELLO[4:],
         struct.pack("=4sHH", b"FCNI", 0, 0),
         struct.pack("=4sHH", b"FCNI", 1, 0),
-        struct.pack("=4sHH", b"FCNI", 3, 0),
+        struct.pack("=4sHH", b"FCNI", 2, 0),
+        struct.pack("=4sHH", b"FCNI", 4, 0),
         struct.pack("=4sHH", b"FCNI", 512, 0),
     ],
 )
@@ -752,7 +744,7 @@ def test_it_hands_nothing_else_to_the_daemon(node: Node, pod: Namespace) -> None
 
     with node.serve(serve):
         assert node.call(stdin=bytes(100_010), CNI_NETNS=pod.path).code == 0
-    assert seen[0] == (1000, 6) and not any(count for _size, count in seen[1:])
+    assert seen[0] == (1000, 5) and not any(count for _size, count in seen[1:])
 
 
 # --- memory, and what nobody thought of ------------------------------------------------------------------

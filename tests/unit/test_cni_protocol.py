@@ -15,8 +15,8 @@ from flanneld.cniserver import Turns
 from flanneld.cniwire import Header, WireError
 
 LAYOUT = struct.Struct("=4sIiIIIII")
-ALL = 0b111111
-WITHOUT_IPV6 = 0b11111
+ALL = 0b11111
+WITHOUT_IPV6 = 0b1111
 BASE = 0b11
 
 
@@ -28,18 +28,18 @@ def request(
     error: int = 0,
 ) -> bytes:
     texts = (name, environment, stdin)
-    return LAYOUT.pack(b"FCNI", mask, error, *map(len, texts), 60000, 2) + b"".join(texts)
+    return LAYOUT.pack(b"FCNI", mask, error, *map(len, texts), 60000, 3) + b"".join(texts)
 
 
 def test_the_greeting() -> None:
-    assert struct.unpack("=4sHH", cniwire.HELLO) == (b"FCNI", 2, 0)
+    assert struct.unpack("=4sHH", cniwire.HELLO) == (b"FCNI", 3, 0)
 
 
 def test_a_request_is_read() -> None:
     data = request()
     header = Header(data)
     assert (header.total_bytes, header.patience_ms, header.netns_error) == (len(data), 60000, 0)
-    assert header.descriptors == [1, 2, 4, 8, 16, 32]
+    assert header.descriptors == [1, 2, 4, 8, 16]
     assert header.texts(data) == ("flannel", {"CNI_COMMAND": "ADD", "CNI_NETNS": "/run/netns/a"}, b"{}")
 
 
@@ -58,7 +58,7 @@ def test_one_without_a_namespace() -> None:
 
 
 def test_a_kernel_without_ipv6() -> None:
-    assert Header(request(mask=WITHOUT_IPV6)).descriptors == [1, 2, 4, 8, 16]
+    assert Header(request(mask=WITHOUT_IPV6)).descriptors == [1, 2, 4, 8]
 
 
 def test_variables_as_a_process_would_see_them() -> None:
@@ -78,12 +78,12 @@ def test_masks_that_make_no_sense(mask: int) -> None:
     ("data", "why"),
     [
         (b"FCNX" + request()[4:], "does not begin as a request"),
-        (request()[:28] + struct.pack("=I", 0), "is of version 0 of the protocol, not 2"),
-        (request()[:28] + struct.pack("=I", 3), "is of version 3 of the protocol, not 2"),
+        (request()[:28] + struct.pack("=I", 0), "is of version 0 of the protocol, not 3"),
+        (request()[:28] + struct.pack("=I", 2), "is of version 2 of the protocol, not 3"),
         (request(error=2), "error for the namespace is 2"),
         (request(mask=BASE, error=-2), "error for the namespace is -2"),
-        (LAYOUT.pack(b"FCNI", BASE, 0, 1 << 22, 0, 1, 0, 2), "announces 4194305 bytes, more than 4194304"),
-        (LAYOUT.pack(b"FCNI", BASE, 0, *[2**32 - 1] * 3, 0, 2), "announces 12884901885 bytes"),
+        (LAYOUT.pack(b"FCNI", BASE, 0, 1 << 22, 0, 1, 0, 3), "announces 4194305 bytes, more than 4194304"),
+        (LAYOUT.pack(b"FCNI", BASE, 0, *[2**32 - 1] * 3, 0, 3), "announces 12884901885 bytes"),
     ],
 )
 def test_headers_that_are_refused(data: bytes, why: str) -> None:
@@ -92,7 +92,7 @@ def test_headers_that_are_refused(data: bytes, why: str) -> None:
 
 
 def test_the_largest_request() -> None:
-    assert Header(LAYOUT.pack(b"FCNI", BASE, 0, 0, 0, 1 << 22, 0, 2)).total_bytes == (1 << 22) + 32
+    assert Header(LAYOUT.pack(b"FCNI", BASE, 0, 0, 0, 1 << 22, 0, 3)).total_bytes == (1 << 22) + 32
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_any_bytes_are_a_request_or_refused(tail: bytes, start: bytes) -> None:
         name, environment, stdin = header.texts(data.ljust(header.total_bytes, b"\0")[: header.total_bytes])
     except WireError:
         return
-    assert len(header.descriptors) in (2, 5, 6)
+    assert len(header.descriptors) in (2, 4, 5)
     texts = [name, *environment, *environment.values()]
     assert sum(map(len, texts)) + len(stdin) <= header.total_bytes - 32 <= cniwire.LARGEST_BYTES
 
