@@ -284,14 +284,12 @@ class WarmHost:
         "bridges",
         "files",
         "indexes",
-        "report",
     )
 
     def __init__(self, shared: Shared, sockets: Sockets, passed: Passed, path: str, error: int) -> None:
         self.files = RootFiles(passed[cniwire.ROOT])
         self.indexes: Indexes | None = shared.indexes
         self.bridges = shared.bridges
-        self.report: Callable[[str, int, int, int], None] | None = self._report
         self._shared = shared
         self._sockets = sockets
         self._passed = passed
@@ -303,7 +301,10 @@ class WarmHost:
         self._later: list[Callable[[], object]] = []
 
     def close(self) -> None:
-        for each in self._later:
+        # Nothing may be left that refers to this object and that it refers to: it would stay, with all that
+        # the call made, until Python looks for such things, and then hold up another call.
+        later, self._later = self._later, []
+        for each in later:
             try:
                 each()
             except NetworkError as exc:
@@ -371,5 +372,6 @@ class WarmHost:
     def note(self, text: str) -> None:
         self._later.append(partial(logger.info, "%s", text))
 
-    def _report(self, network: str, range_set: int, used: int, size: int) -> None:
+    def report(self, network: str, range_set: int, used: int, size: int) -> None:
+        """How full a range set of host-local is, for the metrics."""
         self._later.append(partial(metrics.cni_addresses, network, range_set, used, size))

@@ -13,6 +13,7 @@ been waiting for something: another process's lock on a store, or a client that 
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import select
@@ -57,6 +58,10 @@ _PAUSE_S = 0.1  # after accept(2) failed, for want of descriptors
 # Python's own 5 ms are how long a thread that computes may keep another from going on. A call does some
 # eighty system calls, after each of which it would wait that long while thousands of peers are programmed.
 _SWITCH_S = 0.00005
+# Python looks through everything, for what only refers to itself, when there is a quarter more of it: a few
+# times at a start with thousands of peers, 30 ms each in which no other thread goes on. Neither peers nor pods
+# leave anything of that kind, so that is seldom enough here; at what is new it looks as often as ever.
+_FULL_COLLECTION = 100  # for as many collections of the middle kind; Python's own number is 10
 # glibc gives each thread that finds its memory in use by another an arena of its own, 8 for each processor in
 # all, and none is ever given back. One thread at a time runs Python: two arenas do for fifty threads.
 _M_ARENA_MAX, _ARENAS = -8, 2  # malloc.h
@@ -106,6 +111,7 @@ class CniServer:
         for name in registry.NAMES:
             find(name)  # imported now, not while the first pod waits
         sys.setswitchinterval(_SWITCH_S)
+        gc.set_threshold(*gc.get_threshold()[:2], _FULL_COLLECTION)
         _limit_arenas()
         self._shared = Shared()
         self._turns = Turns()
