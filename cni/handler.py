@@ -97,20 +97,21 @@ def failure(exc: CniError) -> Response:
 
 def _serve(req: Request, plugin: Plugin) -> bytes:
     """stdout of a command that succeeded; raises CniError."""
+    command = req.command
     request.check_environment(req.environment)
-    if req.command == "VERSION":
+    if command == "VERSION":
         return version.document()
     request.check_network_name(req)
-    if req.command not in _COMMANDS:
-        raise CniError(INVALID_ENVIRONMENT, f"unknown CNI_COMMAND: {req.command}")
+    if command not in _COMMANDS:
+        raise CniError(INVALID_ENVIRONMENT, f"unknown CNI_COMMAND: {command}")
     _check_versions(req)
-    if req.command in ("ADD", "DEL") and _names_own_netns(req, plugin):
-        if req.command == "ADD":
+    if command in ("ADD", "DEL") and _names_own_netns(req, plugin):
+        if command == "ADD":
             text = "plugin's netns and netns from CNI_NETNS should not be the same"
             raise CniError(INVALID_NETNS, text)
         # /proc/PID/ns/net of a process that has taken the number over: the container's namespace is gone.
         req = req.for_attachment("DEL", req.container_id, req.ifname)
-    match req.command:
+    match command:
         case "ADD":
             return result.write(plugin.add(req))
         case "DEL":
@@ -142,4 +143,5 @@ def _check_versions(req: Request) -> None:
 
 
 def _names_own_netns(req: Request, plugin: Plugin) -> bool:
-    return bool(req.netns) and not req.may_share_netns and plugin.owns_netns(req.netns)
+    netns = req.netns
+    return bool(netns) and not req.may_share_netns and plugin.owns_netns(netns)

@@ -59,8 +59,8 @@ _PAUSE_S = 0.1  # after accept(2) failed, for want of descriptors
 # eighty system calls, after each of which it would wait that long while thousands of peers are programmed.
 _SWITCH_S = 0.00005
 # Python looks through everything, for what only refers to itself, when there is a quarter more of it: a few
-# times at a start with thousands of peers, 30 ms each in which no other thread goes on. Neither peers nor pods
-# leave anything of that kind, so that is seldom enough here; at what is new it looks as often as ever.
+# times at a start with thousands of peers, 30 ms each in which no other thread goes on. Neither peers nor
+# pods leave anything of that kind, so seldom is enough here; at what is new it looks as often as ever.
 _FULL_COLLECTION = 100  # for as many collections of the middle kind; Python's own number is 10
 # glibc gives each thread that finds its memory in use by another an arena of its own, 8 for each processor in
 # all, and none is ever given back. One thread at a time runs Python: two arenas do for fifty threads.

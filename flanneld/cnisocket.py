@@ -13,7 +13,6 @@ import struct
 import time
 from _socket import socket as Socket
 from contextlib import ExitStack, suppress
-from threading import Lock
 
 from flanneld import cniwire
 from flanneld.cnihost import Passed
@@ -30,30 +29,29 @@ _ANCILLARY_BYTES = socket.CMSG_SPACE(4 * len(cniwire.DESCRIPTORS))
 
 
 class Reading:
-    """The connections whose request is still on its way, which a stop does not wait for."""
+    """The connections whose request is still on its way, which a stop does not wait for.
+
+    Without a lock: one who begins sees that all is stopped, or is seen by who stops.
+    """
 
     def __init__(self) -> None:
-        self._mutex = Lock()
         self._stopped = False
         self._connections: set[Socket] = set()
 
     def begin(self, connection: Socket) -> None:
         """`end` must follow."""
-        with self._mutex:
-            self._connections.add(connection)
-            if self._stopped:
-                _end_of_input(connection)
+        self._connections.add(connection)
+        if self._stopped:
+            _end_of_input(connection)
 
     def end(self, connection: Socket) -> None:
-        with self._mutex:
-            self._connections.discard(connection)
+        self._connections.discard(connection)
 
     def stop(self) -> None:
         """Nothing more arrives: who waits for the rest of a request finds its end."""
-        with self._mutex:
-            self._stopped = True
-            for connection in self._connections:
-                _end_of_input(connection)
+        self._stopped = True
+        for connection in list(self._connections):
+            _end_of_input(connection)
 
 
 class Place:

@@ -96,7 +96,7 @@ class Flannel:
             saved = scratch.load(request.container_id, request.ifname)
             if saved is None:
                 self._sweep(request, conf)
-                scratch.remove_unfinished(request.container_id, request.ifname)
+                self._host.afterwards(lambda: self._tidy(request, conf))
             else:
                 self._detach(request, conf, saved)
                 scratch.remove(request.container_id, request.ifname)
@@ -173,6 +173,10 @@ class Flannel:
     def _complete(self, request: Request, conf: NetConf, data: bytes) -> None:
         with Scratch(self._host, conf.data_dir) as scratch:
             scratch.complete(request.container_id, request.ifname, data)
+
+    def _tidy(self, request: Request, conf: NetConf) -> None:
+        with Scratch(self._host, conf.data_dir) as scratch:
+            scratch.remove_unfinished(request.container_id, request.ifname)
 
     def _undo(self, request: Request, scratch: Scratch, failure: CniError) -> None:
         """Take back a failed ADD; if the delegate cannot, the scratch file stays for the runtime's DEL."""

@@ -163,7 +163,7 @@ def kind(value: object) -> str:
 def member(record: Object, name: str) -> object:
     """The value of a record's member: any case, the last one that is not null, else None."""
     if isinstance(record, Record) and record.folded is not None:
-        return record.folded.get(_fold(name))
+        return record.folded.get(_folded.get(name) or _fold(name))
     found: object = None
     length = len(name)
     for key, value in record.items():
@@ -188,6 +188,10 @@ def has(record: Object, name: str) -> bool:
 def _fold(name: str) -> str:
     """Go's simple case folding, as far as ASCII letters take part in it (Kelvin sign, long s)."""
     return name.lower().replace("\u017f", "s")
+
+
+# Of the members that each call looks for.
+_folded = {name: _fold(name) for name in ("cniVersion", "name", "ipam", "prevResult")}
 
 
 def typed(record: Object, name: str, wanted: type[T], default: T) -> T:
