@@ -22,8 +22,7 @@ import struct
 import sys
 import time
 from _socket import socket as Socket
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from threading import Event, Lock, Thread, current_thread
 from typing import TYPE_CHECKING
 
@@ -317,32 +316,58 @@ class Turns:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    @contextmanager
-    def of(self, key: str, patience_s: float, is_wanted: Callable[[], bool]) -> Iterator[bool]:
+    def of(self, key: str, patience_s: float, is_wanted: Callable[[], bool]) -> _Turn:
         """Wait for one's turn: False if it has not come in time, or is not wanted when it comes.
 
         In time is a little later than `patience_s`. No key, no waiting.
         """
-        if not key:
-            yield True
-            return
+        return _Turn(self, key, patience_s, is_wanted)
+
+    def line_up(self, key: str) -> Lock:
+        """The lock of a key; `leave` must follow."""
         with self._mutex:
             lock, users = self._waiting.get(key) or (Lock(), 0)
             self._waiting[key] = lock, users + 1
-        ours = False
+        return lock
+
+    def leave(self, key: str) -> None:
+        with self._mutex:
+            lock, users = self._waiting.pop(key)
+            if users > 1:
+                self._waiting[key] = lock, users - 1
+
+
+class _Turn:
+    """See `Turns.of`. (Written out, as each call waits for what a generator takes.)"""
+
+    __slots__ = ("_is_wanted", "_key", "_lock", "_ours", "_patience_s", "_turns")
+
+    def __init__(self, turns: Turns, key: str, patience_s: float, is_wanted: Callable[[], bool]) -> None:
+        self._turns = turns
+        self._key = key
+        self._patience_s = patience_s
+        self._is_wanted = is_wanted
+        self._ours = False
+
+    def __enter__(self) -> bool:
+        if not self._key:
+            return True
+        self._lock = self._turns.line_up(self._key)
+        self._ours = self._lock.acquire(blocking=False)
+        if self._ours:
+            return True
         try:
-            if ours := lock.acquire(blocking=False):
-                yield True
-            else:
-                ours = lock.acquire(timeout=patience_s + _LONGER_S)
-                yield ours and is_wanted()
-        finally:
-            if ours:
-                lock.release()
-            with self._mutex:
-                _, users = self._waiting.pop(key)
-                if users > 1:
-                    self._waiting[key] = lock, users - 1
+            self._ours = self._lock.acquire(timeout=self._patience_s + _LONGER_S)
+            return self._ours and self._is_wanted()
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *_exc: object) -> None:
+        if self._ours:
+            self._lock.release()
+        if self._key:
+            self._turns.leave(self._key)
 
 
 def _has_gone(connection: Socket) -> bool:

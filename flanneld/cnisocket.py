@@ -158,7 +158,10 @@ def _limit(connection: Socket, option: int, deadline: float) -> None:
 def send(connection: Socket, reply: bytes) -> bool:
     """Whether the other end was still there to take the reply."""
     try:
-        rest = memoryview(reply)[connection.send(reply, _AT_ONCE) :]  # mostly all of it
+        sent = connection.send(reply, _AT_ONCE)
+        if sent == len(reply):
+            return True
+        rest = memoryview(reply)[sent:]
         deadline = time.monotonic() + _REPLY_S
         while rest:
             _limit(connection, socket.SO_SNDTIMEO, deadline)

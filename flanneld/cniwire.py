@@ -30,8 +30,10 @@ HELLO = struct.pack("=4sHH", MAGIC, VERSION, 0)
 # opened in it: a route netlink socket and, where there is one, /proc/sys/net/ipv6/conf. (What /proc/sys/net
 # itself leads to depends on who looks; what is below that directory does not.)
 OWN, ROOT, NETNS, ROUTE, SETTINGS = DESCRIPTORS = tuple(1 << bit for bit in range(5))
-_NEEDED = OWN | ROOT
-_OF_CONTAINER = NETNS | ROUTE
+# The masks that make sense, with their bits in the order in which the descriptors come.
+_MASKS: dict[int, tuple[int, ...]] = {
+    sum(bits): bits for bits in (DESCRIPTORS[:2], DESCRIPTORS[:4], DESCRIPTORS)
+}
 NOT_A_NAMESPACE = -1
 
 LARGEST_BYTES = 4 << 20  # name, environment and stdin together
@@ -46,9 +48,12 @@ class WireError(ProtocolError):
 
 
 class Header:
-    """The fixed part of a request. `patience_ms` is how long the shim waits for the reply."""
+    """The fixed part of a request. `patience_ms` is how long the shim waits for the reply.
 
-    __slots__ = ("_lengths", "mask", "netns_error", "patience_ms")
+    `descriptors` are the bits that are set, `total_bytes` is the length of the whole request.
+    """
+
+    __slots__ = ("_lengths", "descriptors", "netns_error", "patience_ms", "total_bytes")
 
     def __init__(self, data: bytes | bytearray) -> None:
         """Raises WireError if the first bytes of `data` are no header."""
@@ -57,26 +62,18 @@ class Header:
             raise WireError("it does not begin as a request")
         if version != VERSION:
             raise WireError(f"it is of version {version} of the protocol, not {VERSION}")
-        if mask & ~SETTINGS not in (_NEEDED, _NEEDED | _OF_CONTAINER) or mask == _NEEDED | SETTINGS:
+        if mask not in _MASKS:
             raise WireError(f"its mask of descriptors is {mask:#x}")
         if netns_error < NOT_A_NAMESPACE or (netns_error and mask & NETNS):
             raise WireError(f"its error for the namespace is {netns_error}")
-        if sum(lengths) > LARGEST_BYTES:
-            raise WireError(f"it announces {sum(lengths)} bytes, more than {LARGEST_BYTES}")
-        self.mask: int = mask
+        announced = sum(lengths)
+        if announced > LARGEST_BYTES:
+            raise WireError(f"it announces {announced} bytes, more than {LARGEST_BYTES}")
+        self.descriptors = _MASKS[mask]
+        self.total_bytes: int = HEADER_BYTES + announced
         self.netns_error: int = netns_error
         self.patience_ms: int = patience_ms
         self._lengths: list[int] = lengths
-
-    @property
-    def total_bytes(self) -> int:
-        """The length of the whole request."""
-        return HEADER_BYTES + sum(self._lengths)
-
-    @property
-    def descriptors(self) -> list[int]:
-        """The bits that are set, in the order in which the descriptors come."""
-        return [bit for bit in DESCRIPTORS if self.mask & bit]
 
     def texts(self, data: bytes) -> tuple[str, dict[str, str], bytes]:
         """Name, environment and stdin of a whole request; raises WireError.
@@ -94,7 +91,7 @@ class Header:
             if not equals:
                 raise WireError("its environment has a variable without '='")
             environment.setdefault(name, value)
-        if bool(environment.get("CNI_NETNS")) != bool(self.netns_error or self.mask & NETNS):
+        if bool(environment.get("CNI_NETNS")) != bool(self.netns_error or NETNS in self.descriptors):
             raise WireError("CNI_NETNS and the descriptors that came with it do not agree")
         return os.fsdecode(data[HEADER_BYTES:end_of_name]), environment, data[end_of_environment:]
 

@@ -27,7 +27,8 @@ PLUGINS = DIST / "cni-bin"
 OPTIONAL = ("bridge", "host-local", "portmap", "loopback")
 PROGRAMS = ("flanneld", "flannelctl", "virt-launcher")
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
-COMPILE = ("-static", "-O2", *WARNINGS, "-s")
+# In two pieces instead of four the shim takes fewer page faults at its start.
+COMPILE = ("-static", "-O2", *WARNINGS, "-s", "-Wl,-z,noseparate-code,-z,norelro,--build-id=none")
 # Libraries, and what they need in turn, are looked for beside the program.
 STARTER = ("-no-pie", "-O2", *WARNINGS, "-rdynamic", "-s", "-Wl,--disable-new-dtags")
 STARTER_LIBRARIES = "-Wl,-rpath,$ORIGIN/flannel-lib:$ORIGIN"

@@ -13,9 +13,11 @@ Not for the cold path: a single call would read the store once in any case. Sour
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import stat
 import struct
+from termios import FIONREAD
 from threading import Lock
 
 from cni.ipam.store import LAST, LOCK, Holdings, read_owner, scan
@@ -34,6 +36,7 @@ _LOST = _ENDS | _UNMOUNT | _OVERFLOW | _IGNORED
 # (An event that is the same as the one before is not told again.) Whatever else there is was somebody else.
 _TAKEN = [_CREATE]
 _REMEMBERED = [_MODIFY, _CLOSE_WRITE], [_CREATE, _MODIFY, _CLOSE_WRITE]
+_NUMBER = struct.Struct("i")
 _HEAD = struct.Struct("iIII")  # watch, mask, cookie, length of the name
 _READ_BYTES, _LARGEST_EVENT_BYTES = 1 << 14, _HEAD.size + 256
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -92,6 +95,18 @@ class Index:
                 self._forget()  # events may have been read and not minded
                 raise
             return self._holdings
+
+    def glance(self, directory: Directory) -> Holdings | None:
+        """The reservations now, for who has not the store's lock and only looks; None if that takes it.
+
+        Nothing has changed that is not known here as long as no event waits. Raises OSError.
+        """
+        with self._guard:
+            found = directory.lstat(".")
+            if self._watch < 0 or self._identity != (found.st_dev, found.st_ino) or not self._holdings.flat:
+                return None
+            (waiting,) = _NUMBER.unpack(fcntl.ioctl(self._watch, FIONREAD, bytes(_NUMBER.size)))
+            return None if waiting else self._holdings
 
     def close(self) -> None:
         """Stop watching."""

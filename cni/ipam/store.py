@@ -38,6 +38,9 @@ if TYPE_CHECKING:
         def holdings(self, directory: Directory) -> Holdings:
             """The reservations now. The caller holds the store's lock. Raises OSError."""
 
+        def glance(self, directory: Directory) -> Holdings | None:
+            """The same without the lock, to be looked at only; None if it cannot be told. Raises OSError."""
+
 
 LOCK = "lock"
 LAST = "last_reserved_ip."
@@ -121,6 +124,10 @@ class Holdings:
     def names(self, owner: bytes) -> list[str]:
         """The files of an owner, in the order in which upstream finds them."""
         return sorted(self._by_owner.get(owner, ()))
+
+    def has(self, owner: bytes) -> bool:
+        """Whether there is anything of an owner, also in very old files."""
+        return bool(self._by_owner.get(owner) or self._by_owner.get(bare_owner(owner)))
 
     def addresses(self, owner: bytes) -> list[Address]:
         """The addresses of an owner, those of very old files with the bare container ID among them."""

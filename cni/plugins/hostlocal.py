@@ -168,9 +168,15 @@ class HostLocal:
     def holds(self, path: str, request: Request) -> bool:
         """Whether the attachment holds an address in the store at `path`; raises CniError 999."""
         owner = owner_of(request.container_id, request.ifname)
+        view = self._view(path)
         try:
+            if view is not None:
+                with self._host.files.directory(path) as directory:
+                    known = view.glance(directory)
+                if known is not None:
+                    return known.has(owner)
             with self._existing(path) as store, store.held() as held:
-                return bool(held.holdings.names(owner) or held.holdings.names(bare_owner(owner)))
+                return held.holdings.has(owner)
         except FileNotFoundError:
             return False
         except OSError as exc:

@@ -39,7 +39,7 @@ def test_a_request_is_read() -> None:
     data = request()
     header = Header(data)
     assert (header.total_bytes, header.patience_ms, header.netns_error) == (len(data), 60000, 0)
-    assert header.descriptors == [1, 2, 4, 8, 16]
+    assert header.descriptors == (1, 2, 4, 8, 16)
     assert header.texts(data) == ("flannel", {"CNI_COMMAND": "ADD", "CNI_NETNS": "/run/netns/a"}, b"{}")
 
 
@@ -52,13 +52,13 @@ def test_one_without_a_namespace() -> None:
     ):
         data = request(environment=environment, mask=BASE, error=error)
         header = Header(data)
-        assert header.descriptors == [1, 2]
+        assert header.descriptors == (1, 2)
         assert header.netns_error == error
         header.texts(data)
 
 
 def test_a_kernel_without_ipv6() -> None:
-    assert Header(request(mask=WITHOUT_IPV6)).descriptors == [1, 2, 4, 8]
+    assert Header(request(mask=WITHOUT_IPV6)).descriptors == (1, 2, 4, 8)
 
 
 def test_variables_as_a_process_would_see_them() -> None:

@@ -80,6 +80,27 @@ def test_a_change_is_seen_without_a_scan(case: str, tmp_path: Path, index: Index
     assert index.scans == 1
 
 
+@pytest.mark.parametrize("case", [None, *CHANGES])
+def test_a_glance_tells_what_is_there_or_nothing(case: str | None, tmp_path: Path, index: Index) -> None:
+    """Who does not hold the lock is not told what was there before a change."""
+    store = tmp_path / "store"
+    store.mkdir()
+    (tmp_path / "outside").write_bytes(b"c9\r\neth0")
+    assert index.glance(at(store)) is None
+    (store / "10.0.0.2").write_bytes(OWNER)
+    index.holdings(at(store))
+    if case is not None:
+        CHANGES[case](store)
+        assert index.glance(at(store)) is None
+        index.holdings(at(store))
+    known = index.glance(at(store))
+    assert known is not None and content(known) == content(scan(at(store)))
+    assert known.has(OWNER) is any(owner in (OWNER, b"c1") for _name, owner in known.reservations())
+    store.rename(tmp_path / "aside")
+    store.mkdir()
+    assert index.glance(at(store)) is None
+
+
 @pytest.mark.parametrize("case", CHANGES)
 def test_a_change_after_our_own_is_seen(case: str, tmp_path: Path, index: Index) -> None:
     store = tmp_path / "store"
