@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 DESCRIPTORS = "FLANNEL_CNI_FDS"
 _SYSCTLS = "/proc/sys/net"
+_LEFT = frozenset({"own", "root", "netns", "route", "settings", "error"})
 _OWN_NETNS = "/proc/thread-self/ns/net"
 _CLONE_NEWNET, _NS_GET_NSTYPE = 0x40000000, 0xB703  # ioctl_ns(2)
 _NOT_A_NAMESPACE = -1
@@ -195,14 +196,17 @@ def netns_error(path: str, number: int) -> CniError:
 
 
 def _inherited(text: str) -> dict[str, int]:
-    """What the shim left, by name; none of it is passed on to a program that is executed."""
+    """What the shim left, by name; none of it is passed on to a program that is executed.
+
+    Of a shim that is of another build, and leaves something else, nothing is taken.
+    """
     found = {}
     for word in text.split():
         name, _, number = word.partition("=")
         found[name] = int(number)
         if name != "error":
             os.set_inheritable(int(number), False)
-    return found
+    return found if _LEFT.issuperset(found) else {}
 
 
 def _opened(path: str) -> Netns:

@@ -303,14 +303,15 @@ class WarmHost:
     def close(self) -> None:
         # Nothing may be left that refers to this object and that it refers to: it would stay, with all that
         # the call made, until Python looks for such things, and then hold up another call.
-        later, self._later = self._later, []
-        for each in later:
-            try:
-                each()
-            except NetworkError as exc:
-                logger.warning("After a CNI call: %s", exc)
-            except Exception:  # noqa: BLE001 - our bug must cost one step, not those behind it
-                logger.exception("What comes after a CNI call failed in the daemon itself")
+        while self._later:  # a step may have something to note
+            later, self._later = self._later, []
+            for each in later:
+                try:
+                    each()
+                except NetworkError as exc:
+                    logger.warning("After a CNI call: %s", exc)
+                except Exception:  # noqa: BLE001 - our bug must cost one step, not those behind it
+                    logger.exception("What comes after a CNI call failed in the daemon itself")
         if self._netns is not None:
             self._netns.route.close()
         if self._unsynced:

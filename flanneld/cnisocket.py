@@ -13,6 +13,7 @@ import struct
 import time
 from _socket import socket as Socket
 from contextlib import ExitStack, suppress
+from threading import Lock
 
 from flanneld import cniwire
 from flanneld.cnihost import Passed
@@ -29,29 +30,30 @@ _ANCILLARY_BYTES = socket.CMSG_SPACE(4 * len(cniwire.DESCRIPTORS))
 
 
 class Reading:
-    """The connections whose request is still on its way, which a stop does not wait for.
-
-    Without a lock: one who begins sees that all is stopped, or is seen by who stops.
-    """
+    """The connections whose request is still on its way, which a stop does not wait for."""
 
     def __init__(self) -> None:
+        self._mutex = Lock()
         self._stopped = False
         self._connections: set[Socket] = set()
 
     def begin(self, connection: Socket) -> None:
-        """`end` must follow."""
+        """`end` must follow. Without the lock: it sees that all is stopped, or is seen by who stops."""
         self._connections.add(connection)
         if self._stopped:
             _end_of_input(connection)
 
     def end(self, connection: Socket) -> None:
-        self._connections.discard(connection)
+        """It may be closed then."""
+        with self._mutex:
+            self._connections.discard(connection)
 
     def stop(self) -> None:
         """Nothing more arrives: who waits for the rest of a request finds its end."""
         self._stopped = True
-        for connection in list(self._connections):
-            _end_of_input(connection)
+        with self._mutex:
+            for connection in list(self._connections):
+                _end_of_input(connection)
 
 
 class Place:

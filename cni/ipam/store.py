@@ -215,7 +215,8 @@ class Held:
             raise StoreFault("write", f"{self._directory.path}/{name}", exc) from None
         finally:
             os.close(file)
-        self.holdings.put(name, owner, address)
+        # Of an IPv6 address the name may be that of an IPv4 one (RFC 4291, section 2.5.5.2).
+        self.holdings.put(name, owner, address if address[0] == 4 else None)
         self.holdings.written.add(name)
         return True
 

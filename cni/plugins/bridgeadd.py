@@ -267,13 +267,14 @@ class Attachment:
         if self._conf.detect_duplicates:
             try_write(netns.ipv6_setting(ifname, "enhanced_dad"), "1")
         try_write(netns.ipv6_setting(ifname, "accept_dad"), "1" if self._conf.detect_duplicates else "0")
+        if self._has_ipv6:
+            _enable_ipv6(netns, "lo")
 
     def _write_later_settings(self, netns: Netns) -> None:
         """Those that are of no effect within the next millisecond."""
         ifname = self._request.ifname
         for name in ("ndisc_notify", "keep_addr_on_down"):
             try_write(netns.ipv6_setting(ifname, name), "1")
-        _enable_ipv6(netns, "lo")
 
     def _settle(self, netns: Netns, ifindex: int) -> None:
         """Wait for the end of duplicate address detection; raises CniError with upstream's words."""

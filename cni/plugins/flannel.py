@@ -85,8 +85,6 @@ class Flannel:
                 raise
             if existed:
                 scratch.save(request.container_id, request.ifname, data)
-        if not existed:
-            self._host.afterwards(lambda: self._complete(request, conf, data))
         return made
 
     def delete(self, request: Request) -> None:
@@ -161,7 +159,8 @@ class Flannel:
 
         def attempt(config: gojson.Object, data: bytes) -> tuple[gojson.Object, bytes, Made]:
             if scratch is not None:
-                scratch.save(request.container_id, request.ifname, data)
+                scratch.begin(request.container_id, request.ifname, data)
+                self._host.afterwards(lambda: self._complete(request, data))
             return config, data, self._delegate(request, "ADD", config, data)
 
         try:
@@ -170,8 +169,9 @@ class Flannel:
             lowered = self._lowered(request, config, exc)
             return attempt(lowered, _encode(lowered))
 
-    def _complete(self, request: Request, conf: NetConf, data: bytes) -> None:
-        with Scratch(self._host, conf.data_dir) as scratch:
+    def _complete(self, request: Request, data: bytes) -> None:
+        """Of an ADD that failed and was undone nothing is there to complete."""
+        with Scratch(self._host, self._netconf(request).data_dir) as scratch:
             scratch.complete(request.container_id, request.ifname, data)
 
     def _tidy(self, request: Request, conf: NetConf) -> None:

@@ -8,8 +8,9 @@ A scratch file holds the delegate's configuration of ADD time, byte for byte, fo
 '@' occurs in no container ID. We prefer the second file; the first alone was written by upstream. When both
 kinds exist, the first always equals one of the second.
 
-Decision: of a container's first attachment the second file is written when the runtime has its answer. That
-there is none yet, or never since the daemon was killed, is no harm: the first says the same.
+Decision: the daemon writes the first file when the runtime has its answer, before all else that comes then.
+Ours is there from the start, so only upstream's DEL would miss the other one, within that millisecond or
+after a kill in it.
 
 Decision: each file is written under a temporary name, synced and renamed, and the directory synced, so that
 neither a crash nor a power loss leaves half a file (flannel #1662). The daemon syncs after it has answered:
@@ -38,13 +39,12 @@ class Scratch:
     A context manager: the directory is opened once, for as long as this is used.
     """
 
-    __slots__ = ("_directory", "_host", "_path", "_unknown")
+    __slots__ = ("_directory", "_host", "_path")
 
     def __init__(self, host: Host, path: str) -> None:
         self._host = host
         self._path = path
         self._directory: Directory | None = None
-        self._unknown = ""  # the container of which nothing is saved, by the last look
 
     def __enter__(self) -> Scratch:
         return self
@@ -55,31 +55,28 @@ class Scratch:
             self._directory = None
 
     def save(self, container_id: str, ifname: str, data: bytes) -> None:
-        """Write the files of an attachment; makes the directory (0700) if need be.
+        """Write both files of an attachment; makes the directory (0700) if need be."""
+        self.begin(container_id, ifname, data)
+        self.complete(container_id, ifname, data)
 
-        Of a container of which `load` found nothing only upstream's, and `complete` is to write ours.
-        """
+    def begin(self, container_id: str, ifname: str, data: bytes) -> None:
+        """Write our file of an attachment; makes the directory (0700) if need be. `complete` must follow."""
         if not self._path:
             raise CniError(
                 INVALID_CONFIG, "dataDir is empty, it must be the directory of flannel's scratch files"
             )
         try:
-            directory = self._open(make=True)
-            if container_id != self._unknown:
-                self._place(directory, f"{container_id}@{ifname}", ifname, data)
-            self._place(directory, container_id, ifname, data)
-            if container_id != self._unknown:
-                self._sync(directory)
+            self._place(self._open(make=True), f"{container_id}@{ifname}", ifname, data)
         except OSError as exc:
             raise self._refused("write", container_id, exc) from None
 
     def complete(self, container_id: str, ifname: str, data: bytes) -> None:
-        """Write our file of a container's first attachment, unless that is detached again."""
+        """Write upstream's file as well, unless the attachment is gone again, or was saved anew."""
         try:
             directory = self._open()
-            if _read(directory, container_id) == data:
-                self._place(directory, f"{container_id}@{ifname}", ifname, data)
-            self._sync(directory)
+            if _read(directory, f"{container_id}@{ifname}") == data:
+                self._place(directory, container_id, ifname, data)
+                self._sync(directory)
         except FileNotFoundError:
             return
         except OSError as exc:
@@ -87,19 +84,15 @@ class Scratch:
 
     def load(self, container_id: str, ifname: str) -> bytes | None:
         """The saved bytes of an attachment, None if there are none."""
-        self._unknown = ""
         try:
             directory = self._open()
             own = _read(directory, f"{container_id}@{ifname}")
             if own is not None:
                 return own
             plain = _read(directory, container_id)
-            if plain is None:
-                self._unknown = container_id
             # With files of other interfaces about, the plain file belongs to one of those.
             return None if plain is None or _siblings(directory.names(), container_id) else plain
         except FileNotFoundError:
-            self._unknown = container_id
             return None
         except OSError as exc:
             raise self._refused("read", container_id, exc) from None

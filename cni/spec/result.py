@@ -42,7 +42,7 @@ def parse(document: bytes | gojson.Object, default_version: str) -> gojson.Objec
 
 def convert(result: gojson.Object, version: str) -> gojson.Object:
     """`result`, which `parse` or `convert` made, in the form of `version`; raises ResultError."""
-    if result["cniVersion"] == version:
+    if result["cniVersion"] == version and version in _CURRENT:
         return {**result}
     source, target = _form(str(result["cniVersion"])), _form(version)
     if source is target:

@@ -106,12 +106,18 @@ class Steps:
         return [shown, text.decode()]
 
     def do_sysctls(self, request: Request) -> object:
-        """Double the container's hop limit, and show it beside the host's and the host's TTL."""
+        """Double the container's hop limit, make it 33; both, the host's own, and the host's TTL."""
         ours = self._host.netns(request.netns).ipv6_setting("lo", "hop_limit")
         ours.write(str(2 * int(ours.read())))
-        ours.ensure(ours.read())
+        doubled = ours.read()
+        ours.ensure("33")
         theirs = map(self._host.sysctl, ("ipv6/conf/lo/hop_limit", "ipv4/ip_default_ttl"))
-        return [ours.read(), *(setting.read() for setting in theirs)]
+        return [doubled, ours.read(), *(setting.read() for setting in theirs)]
+
+    def do_note_later(self, _request: Request) -> object:
+        """Have a step that comes after the answer add another one, which notes something."""
+        self._host.afterwards(lambda: self._host.afterwards(lambda: self._host.note("noted at last")))
+        return "done"
 
     def do_write_sysctl(self, _request: Request) -> object:
         try:

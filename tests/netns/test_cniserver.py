@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -151,7 +152,33 @@ def test_settings_of_container_and_host(
     shim: Shim, node: Namespace, container: Container, server: Server
 ) -> None:
     node.run("sysctl -qw net.ipv6.conf.lo.hop_limit=63 net.ipv4.ip_default_ttl=99")
-    assert shim.call("sysctls", container).said == ["128", "63", "99"]
+    assert shim.call("sysctls", container).said == ["128", "33", "63", "99"]
+
+
+def test_a_step_after_the_answer_may_add_another(shim: Shim, server: Server) -> None:
+    assert shim.call("note_later").said == "done"
+    wait_for(lambda: "noted at last" in server.said())
+
+
+def test_ipv6_is_switched_on_in_a_container(node: Namespace, tmp_path: Path) -> None:
+    """By the real bridge plugin, which finds out in the middle of an ADD."""
+    path = tmp_path / "run" / "cni.sock"
+    ranges = [[{"subnet": "10.99.1.0/24"}], [{"subnet": "fd00:99::/64"}]]
+    routes = [{"dst": "fd00::/16"}]
+    ipam = {"type": "host-local", "dataDir": str(tmp_path), "ranges": ranges, "routes": routes}
+    with (
+        Server(node, path, str(path), "real"),
+        closing(Shim(node, path)) as shim,
+        namespaces("pod") as [pod],
+    ):
+        for name in ("lo", "all", "default"):
+            pod.run(f"sysctl -qw net.ipv6.conf.{name}.disable_ipv6=1")
+        with closing(Container(pod)) as container:
+            reply = shim.call("", container, name="bridge", isGateway=True, ipam=ipam)
+        assert (reply.exit_status, len(json.loads(reply.stdout)["ips"])) == (0, 2)
+        assert "fd00:99::2/64" in pod.run("ip -6 address show dev eth0")
+        assert "fd00::/16 via fd00:99::1" in pod.run("ip -6 route show dev eth0")
+        assert pod.run("sysctl -n net.ipv6.conf.lo.disable_ipv6") == "0\n"
 
 
 def test_what_can_wait_is_done_after_the_answer(
@@ -778,7 +805,7 @@ def test_a_daemon_with_two_capabilities_and_files_of_its_own(
         made = shim.call("files", make=f"{private}/deep/er", read=f"{private}/text")
         assert made.said == [f"{private}/deep/er", "insi"]
         assert (private / "deep" / "er" / "new").read_text() == "written"
-        assert shim.call("sysctls", container).said[0] == "128"
+        assert shim.call("sysctls", container).said[:2] == ["128", "33"]
         assert shim.call("write_sysctl").said == "1"
         assert node.run("sysctl -n net.ipv4.ip_forward") == "1\n"
         *seen, _absent = shim.call("unlink", container, times=5).said

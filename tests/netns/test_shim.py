@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 
+from cni.local import LocalHost
 from cni.net import nlmsg
 from cni.net.nlsocket import NetlinkSocket
 from tests.fuzz import shim as fuzz
@@ -205,6 +206,21 @@ def test_sysctls_are_the_containers(node: Node, pod: Namespace) -> None:
     finally:
         request.close()
     assert Path("/proc/sys/net/ipv6/conf/lo/hop_limit").read_text() == host
+
+
+def test_the_cold_path_takes_nothing_from_a_shim_of_another_build(pod: Namespace) -> None:
+    with open("/dev/null") as other:
+        left = " ".join(
+            f"{name}={other.fileno()}" for name in ("own", "root", "netns", "route", "ipv4", "ipv6")
+        )
+        host = LocalHost(print, {"CNI_NETNS": pod.path, "FLANNEL_CNI_FDS": f"{left} error=0"})
+        opened = host.netns(pod.path)
+    assert opened.identity[1] == inode(pod.path)
+    assert opened.ipv6_setting("lo", "disable_ipv6").read() == "0"
+    opened.route.close()
+    for number in (opened.descriptor, opened.settings):
+        assert number is not None
+        os.close(number)
 
 
 def test_a_netns_that_is_none_is_told_as_an_error(node: Node, tmp_path: Path) -> None:

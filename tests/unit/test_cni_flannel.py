@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -286,10 +287,30 @@ class TestFailedAdd:
     def test_the_scratch_file_stays_if_undoing_fails_too(self, node: Node) -> None:
         node.delegate(REFUSES)
         assert node.call("ADD")["code"] == 42
-        assert list(node.files()) == ["c1"]
+        assert list(node.files()) == ["c1", "c1@eth0"]
         assert node.notes == ["flannel: undoing the failed ADD failed too, DEL will do it: no; because"]
         node.delegate(WORKING)
         assert node.call("DEL") is None
+        assert node.files() == {}
+
+    def test_of_two_interfaces_attached_at_the_same_time_each_is_detached_with_its_own(
+        self, node: Node
+    ) -> None:
+        """containerd attaches the networks of a pod side by side."""
+        here = f"{node.root}/here"
+        both = f"touch {here}.$CNI_IFNAME; while [ $(ls {here}.* | wc -l) -lt 2 ]; do sleep 0.01; done"
+        node.delegate(f"[ $C = ADD ] && {{ {both}; }}\n{WORKING}")
+        with ThreadPoolExecutor(2) as threads:
+            for made in [
+                threads.submit(node.call, "ADD", ifname=name, keys={"name": f"of-{name}"})
+                for name in ("eth0", "net1")
+            ]:
+                assert "ips" in made.result()
+        node.calls()
+        for name in ("net1", "eth0"):
+            assert node.call("DEL", ifname=name, keys={"name": f"of-{name}"}) is None
+            assert json.loads((node.log / "DEL").read_text())["name"] == f"of-{name}"
+        assert [one.split()[2] for one in node.calls()] == ["net1", "eth0"]
         assert node.files() == {}
 
     def test_a_second_add_leaves_the_live_attachment_alone(self, node: Node) -> None:

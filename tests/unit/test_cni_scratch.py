@@ -28,32 +28,39 @@ def test_save_writes_upstreams_file_and_ours(tmp_path: Path) -> None:
     assert {oct(one.stat().st_mode) for one in (directory, tmp_path / "a")} == {"0o40700"}
 
 
-def test_our_file_of_a_containers_first_attachment_comes_later(tmp_path: Path) -> None:
+def test_upstreams_file_may_come_later(tmp_path: Path) -> None:
+    """Two interfaces of one container that are attached at the same time, and one more when that is over."""
     scratch = Scratch(HOST, str(tmp_path))
-    assert scratch.load("c1", "eth0") is None
-    scratch.save("c1", "eth0", b"first")
-    assert files(tmp_path) == {"c1": b"first"}
-    assert scratch.load("c1", "eth0") == b"first"  # as if it never came
+    scratch.begin("c1", "eth0", b"first")
+    scratch.begin("c1", "net1", b"second")
+    assert files(tmp_path) == {"c1@eth0": b"first", "c1@net1": b"second"}
+    assert (scratch.load("c1", "eth0"), scratch.load("c1", "net1")) == (b"first", b"second")
+    assert scratch.load("c1", "net2") is None
+    scratch.complete("c1", "net1", b"second")
     scratch.complete("c1", "eth0", b"first")
-    assert files(tmp_path) == {"c1": b"first", "c1@eth0": b"first"}
-    assert scratch.load("c1", "net1") is None
+    assert files(tmp_path) == {"c1": b"first", "c1@eth0": b"first", "c1@net1": b"second"}
+
+
+def test_one_that_upstreams_file_never_came_of_is_removed(tmp_path: Path) -> None:
+    scratch = Scratch(HOST, str(tmp_path))
+    scratch.begin("c1", "eth0", b"first")
     scratch.save("c1", "net1", b"second")
-    assert files(tmp_path) == {"c1": b"second", "c1@eth0": b"first", "c1@net1": b"second"}
+    scratch.remove("c1", "net1")
+    assert files(tmp_path) == {"c1": b"first", "c1@eth0": b"first"}
+    scratch.remove("c1", "eth0")
+    assert files(tmp_path) == {}
 
 
 @pytest.mark.parametrize("by_then", [None, b"other"])
-def test_our_file_does_not_come_if_the_container_is_detached_by_then(
-    tmp_path: Path, by_then: bytes | None
-) -> None:
-    """By upstream, say, or by the cold path; or attached anew."""
+def test_upstreams_file_does_not_come_of_what_is_gone_by_then(tmp_path: Path, by_then: bytes | None) -> None:
+    """The attachment is detached by the cold path, say; or attached anew."""
     scratch = Scratch(HOST, str(tmp_path))
-    scratch.load("c1", "eth0")
-    scratch.save("c1", "eth0", b"first")
-    (tmp_path / "c1").unlink()
+    scratch.begin("c1", "eth0", b"first")
+    scratch.remove("c1", "eth0")
     if by_then is not None:
-        (tmp_path / "c1").write_bytes(by_then)
+        scratch.begin("c1", "eth0", by_then)
     scratch.complete("c1", "eth0", b"first")
-    assert list(files(tmp_path)) == ([] if by_then is None else ["c1"])
+    assert "c1" not in files(tmp_path)
 
 
 def test_an_existing_directory_keeps_its_mode(tmp_path: Path) -> None:
