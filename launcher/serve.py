@@ -21,6 +21,7 @@ _SOL_PACKET, _PACKET_IGNORE_OUTGOING = 263, 23
 _SO_ATTACH_FILTER = 26
 _PR_SET_NO_NEW_PRIVS = 38
 _CAPABILITY_VERSION_3 = 0x20080522
+_LINKS = 1  # RTMGRP_LINK, linux/rtnetlink.h
 _FRAME_BYTES = 65536
 _BATCH = 64
 
@@ -64,11 +65,18 @@ class Sockets:
             self.tap = _packet_socket(tap)
             self.bridge = _packet_socket(bridge)
             self._sink = _sink(bridge) if kernel_has_address else None
+            self.news = _news_of_links()
         except OSError as exc:
             hint = "run prepare first"
             if exc.errno in (errno.EPERM, errno.EACCES):
                 hint = "it needs CAP_NET_RAW and CAP_NET_BIND_SERVICE"
             raise KernelError(f"cannot listen on {tap} and {bridge}: {exc.strerror}; {hint}") from exc
+
+    def require_links(self) -> None:
+        """Raise KernelError if the tap or the bridge is gone: it has no name any more."""
+        for sock, what in ((self.tap, "guest's link"), (self.bridge, "bridge")):
+            if not sock.getsockname()[0]:
+                raise KernelError(f"the {what} is gone; run prepare again")
 
     def send(self, frame: Frame) -> None:
         """Send or drop: a guest that is not there yet asks again."""
@@ -99,6 +107,18 @@ def _sink(bridge: str) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, bridge.encode() + b"\0")
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 0)
         sock.bind(("0.0.0.0", 67))  # noqa: S104 - of this one link
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _news_of_links() -> socket.socket:
+    """A socket that has something to read whenever a link of the namespace changes, or goes."""
+    sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+    try:
+        sock.bind((0, _LINKS))
+        sock.setblocking(False)
     except OSError:
         sock.close()
         raise
@@ -142,7 +162,7 @@ def serve(host: Host, sockets: Sockets, wake: Wake) -> None:
 
     The guest is not told of the end: its router is the pod's gateway or the kernel, and both go on.
     """
-    descriptors = [sockets.tap.fileno(), sockets.bridge.fileno(), wake.read_end]
+    descriptors = [sockets.tap.fileno(), sockets.bridge.fileno(), sockets.news.fileno(), wake.read_end]
     while not wake.stop.is_set():
         due = host.due()
         timeout = None if due is None else max(0.0, due - time.monotonic())
@@ -152,6 +172,8 @@ def serve(host: Host, sockets: Sockets, wake: Wake) -> None:
         for sock in (sockets.tap, sockets.bridge):
             if sock.fileno() in ready:
                 _drain(host, sockets, sock)
+        if sockets.news.fileno() in ready:
+            _hear_news(sockets)
 
 
 def _drain(host: Host, sockets: Sockets, sock: socket.socket) -> None:
@@ -161,13 +183,26 @@ def _drain(host: Host, sockets: Sockets, sock: socket.socket) -> None:
         except BlockingIOError:
             return
         except OSError as exc:
-            # A link that is down is still bound to and comes back; one that is gone has no name any more.
-            if exc.errno in (errno.ENETDOWN, errno.ENOBUFS) and sock.getsockname()[0]:
-                return
-            what = "guest's link" if sock is sockets.tap else "bridge"
-            raise KernelError(f"the {what} is gone: {exc.strerror}; run prepare again") from exc
+            # A link that is down is still bound to, and comes back or goes: its socket says no more of that.
+            if exc.errno not in (errno.ENETDOWN, errno.ENOBUFS):
+                raise KernelError(f"cannot receive from {sock.getsockname()[0]}: {exc.strerror}") from exc
+            sockets.require_links()
+            return
         for answer in host.receive(data, time.monotonic(), from_guest=sock is sockets.tap):
             if isinstance(answer, Note):
                 (logger.warning if answer.warning else logger.info)("%s", answer.text)
             else:
                 sockets.send(answer)
+
+
+def _hear_news(sockets: Sockets) -> None:
+    """That there was a change is all that is asked; raises KernelError if one of the links is gone."""
+    for _ in range(_BATCH):
+        try:
+            sockets.news.recv(_FRAME_BYTES)
+        except BlockingIOError:
+            break
+        except OSError as exc:
+            if exc.errno != errno.ENOBUFS:  # else: there was more than the kernel kept
+                raise KernelError(f"cannot hear of links: {exc.strerror}") from exc
+    sockets.require_links()

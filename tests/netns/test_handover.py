@@ -1019,6 +1019,27 @@ def test_serve_outlives_the_guests_link_going_down_but_not_away(served: tuple[Po
     assert "the guest's link is gone" in process.stderr.read().splitlines()[-1]
 
 
+@pytest.mark.parametrize(("link", "what"), [("tap0", "guest's link"), ("k6t-eth0", "bridge")])
+def test_serve_ends_when_a_link_that_was_down_goes_away(
+    served: tuple[Pod, Wire], link: str, what: str
+) -> None:
+    """The kernel tells a socket that is bound to it that the link goes down, and no more."""
+    made, _wire = served
+    process = made.processes[0]
+
+    def waits() -> int:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        return int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+
+    before = waits()
+    made.ip(f"link set {link} down")
+    wait_for(lambda: waits() > before)
+    made.ip(f"link del {link}")
+    wait_for(lambda: process.poll() is not None)
+    assert process.stderr is not None
+    assert f"the {what} is gone" in process.stderr.read().splitlines()[-1]
+
+
 def test_serve_ends_on_sigterm_and_leaves_the_guest_its_route(served: tuple[Pod, Wire]) -> None:
     """The router that was advertised is the pod's gateway, which goes on without the server."""
     made, wire = served
