@@ -191,6 +191,7 @@ def _siblings(names: list[str], container_id: str) -> list[str]:
 
 
 def _read(directory: Directory, name: str) -> bytes | None:
+    """What is in a file; None if there is none of that name, or a directory."""
     try:
         descriptor = directory.open(name, os.O_RDONLY)
     except FileNotFoundError:
@@ -201,6 +202,8 @@ def _read(directory: Directory, name: str) -> bytes | None:
             data += chunk
             if len(chunk) < _CHUNK_BYTES:  # the end, without asking once more
                 break
+    except IsADirectoryError:
+        return None
     finally:
         os.close(descriptor)
     return bytes(data)
