@@ -104,8 +104,7 @@ class Scratch:
             directory = self._open()
             self._remove_unfinished(directory, container_id, ifname)
             _unlink(directory, own)
-            others = [_read(directory, name) for name in _siblings(directory.names(), container_id)]
-            heirs = [data for data in others if data is not None]
+            heirs = _heirs(directory, container_id)
             if not heirs:
                 _unlink(directory, container_id)
             elif _read(directory, container_id) not in heirs:
@@ -190,8 +189,20 @@ def _siblings(names: list[str], container_id: str) -> list[str]:
     return sorted(name for name in names if name.startswith(prefix))
 
 
+def _heirs(directory: Directory, container_id: str) -> list[bytes]:
+    """What is saved of interfaces of the container; somebody's directory of such a name is none of them."""
+    found = []
+    for name in _siblings(directory.names(), container_id):
+        try:
+            data = _read(directory, name)
+        except IsADirectoryError:
+            continue
+        if data is not None:
+            found.append(data)
+    return found
+
+
 def _read(directory: Directory, name: str) -> bytes | None:
-    """What is in a file; None if there is none of that name, or a directory."""
     try:
         descriptor = directory.open(name, os.O_RDONLY)
     except FileNotFoundError:
@@ -202,8 +213,6 @@ def _read(directory: Directory, name: str) -> bytes | None:
             data += chunk
             if len(chunk) < _CHUNK_BYTES:  # the end, without asking once more
                 break
-    except IsADirectoryError:
-        return None
     finally:
         os.close(descriptor)
     return bytes(data)

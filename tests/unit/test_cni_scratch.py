@@ -116,12 +116,10 @@ def test_remove_of_upstreams_file_and_of_nothing(tmp_path: Path) -> None:
     assert files(tmp_path) == {}
 
 
-def test_somebodys_directory_is_no_scratch_file(tmp_path: Path) -> None:
+def test_somebodys_directory_inherits_nothing(tmp_path: Path) -> None:
     (tmp_path / "c1@net1").mkdir()
     scratch = Scratch(HOST, str(tmp_path))
-    assert scratch.load("c1", "net1") is None
     scratch.save("c1", "eth0", b"1")
-    assert scratch.saved() == [("c1", "eth0", b"1")]
     scratch.remove("c1", "eth0")
     assert [one.name for one in tmp_path.iterdir()] == ["c1@net1"]
 
