@@ -42,7 +42,7 @@ def relevant(text: str, known: tuple[str, ...]) -> str:
         found = dict(pairs)
     except ValueError:  # one of them is no pair
         return text
-    is_plain = len(found) == len(pairs) and found.get("IgnoreUnknown") == "1"
+    is_plain = len(found) == len(pairs) and found.get("IgnoreUnknown") in _TRUE
     return "" if is_plain and found.keys().isdisjoint(known) else text
 
 
