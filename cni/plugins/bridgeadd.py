@@ -8,7 +8,7 @@ Each netlink message that is left out or sent together with another is time off 
     container   addresses, link up, routes: one batch
                 then the answer
     host        the port's setting, forwarding; is the port up?
-    container   settings of IPv6; the addresses announced
+    container   the addresses announced
 
 Decision: after the answer comes what nobody relies on within a millisecond, and what may be done beside the
 next plugin of the chain. Both ends of the pair are up by then, and so is the port; but the kernel has not
@@ -25,7 +25,7 @@ from cni.net.rtlink import IFA_F_DADFAILED, IFA_F_TENTATIVE, AddressState
 from cni.plugins.bridgegate import Gateway, gateway_of
 from cni.plugins.bridgeport import Changed, await_port, ensure_bridge, plug
 from cni.plugins.ipam import Ipam
-from cni.plugins.links import carry_out, ensure, expect, find, objects, ports, random_mac, try_write
+from cni.plugins.links import carry_out, ensure, expect, find, objects, ports, put, random_mac, try_write
 from cni.spec.address import Cidr, format_ip, parse_cidr, parse_ip
 
 TYPE_CHECKING = False
@@ -113,8 +113,6 @@ class Attachment:
         elif not conf.interface_down:
             name = self._request.ifname
             expect(netns.route.request(*rtlink.set_link(port.peer, up=True)), f'failed to set "{name}" up')
-        if self._has_ipv6:
-            self._host.afterwards(lambda: self._write_later_settings(netns))
         self._host.afterwards(lambda: self._announce(bridge, netns, port, mac))
         dns = made.pop("dns", None)
         if conf.dns is not None:
@@ -267,14 +265,11 @@ class Attachment:
         if self._conf.detect_duplicates:
             try_write(netns.ipv6_setting(ifname, "enhanced_dad"), "1")
         try_write(netns.ipv6_setting(ifname, "accept_dad"), "1" if self._conf.detect_duplicates else "0")
-        if self._has_ipv6:
-            _enable_ipv6(netns, "lo")
-
-    def _write_later_settings(self, netns: Netns) -> None:
-        """Those that are of no effect within the next millisecond."""
-        ifname = self._request.ifname
-        for name in ("ndisc_notify", "keep_addr_on_down"):
-            try_write(netns.ipv6_setting(ifname, name), "1")
+        if not self._has_ipv6:
+            return
+        try_write(netns.ipv6_setting(ifname, "ndisc_notify"), "1")
+        put(netns.ipv6_setting(ifname, "keep_addr_on_down"), "1", f"keep the addresses of {ifname}")
+        _enable_ipv6(netns, "lo")
 
     def _settle(self, netns: Netns, ifindex: int) -> None:
         """Wait for the end of duplicate address detection; raises CniError with upstream's words."""

@@ -160,7 +160,8 @@ class Flannel:
         def attempt(config: gojson.Object, data: bytes) -> tuple[gojson.Object, bytes, Made]:
             if scratch is not None:
                 scratch.begin(request.container_id, request.ifname, data)
-                self._host.afterwards(lambda: self._complete(request, data))
+                # Of an ADD that fails and is undone nothing is there to complete.
+                self._host.afterwards(lambda: scratch.complete(request.container_id, request.ifname, data))
             return config, data, self._delegate(request, "ADD", config, data)
 
         try:
@@ -168,11 +169,6 @@ class Flannel:
         except delegate.DelegateRefused as exc:
             lowered = self._lowered(request, config, exc)
             return attempt(lowered, _encode(lowered))
-
-    def _complete(self, request: Request, data: bytes) -> None:
-        """Of an ADD that failed and was undone nothing is there to complete."""
-        with Scratch(self._host, self._netconf(request).data_dir) as scratch:
-            scratch.complete(request.container_id, request.ifname, data)
 
     def _tidy(self, request: Request, conf: NetConf) -> None:
         with Scratch(self._host, conf.data_dir) as scratch:

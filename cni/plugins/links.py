@@ -81,6 +81,14 @@ def ensure(setting: Sysctl, value: str, purpose: str) -> None:
         raise CniError(INTERNAL, f"failed to {purpose}: {setting.name}={value}: {reason}") from None
 
 
+def put(setting: Sysctl, value: str, purpose: str) -> None:
+    """`ensure` for a setting that mostly has another value."""
+    try:
+        setting.write(value)
+    except OSError:
+        ensure(setting, value, purpose)
+
+
 class NamespaceLock:
     """What one call at a time may do in the host's network namespace. A context manager; raises KernelError.
 

@@ -9,8 +9,8 @@ A scratch file holds the delegate's configuration of ADD time, byte for byte, fo
 kinds exist, the first always equals one of the second.
 
 Decision: the daemon writes the first file when the runtime has its answer, before all else that comes then.
-Ours is there from the start, so only upstream's DEL would miss the other one, within that millisecond or
-after a kill in it.
+Ours is there from the start, so only upstream's DEL would miss the other one: within that millisecond, after
+a kill in it, or if the disk is full by then, which is logged.
 
 Decision: each file is written under a temporary name, synced and renamed, and the directory synced, so that
 neither a crash nor a power loss leaves half a file (flannel #1662). The daemon syncs after it has answered:
@@ -36,21 +36,24 @@ _RESERVATION_SEPARATOR = "\r\n"
 class Scratch:
     """The scratch files of one data directory. Every method raises CniError 999 when the disk refuses.
 
-    A context manager: the directory is opened once, for as long as this is used.
+    A context manager: the directory is opened once, for as long as this is used, or `complete` is awaited.
     """
 
-    __slots__ = ("_directory", "_host", "_path")
+    __slots__ = ("_awaited", "_directory", "_has_left", "_host", "_path")
 
     def __init__(self, host: Host, path: str) -> None:
         self._host = host
         self._path = path
         self._directory: Directory | None = None
+        self._awaited = 0
+        self._has_left = False
 
     def __enter__(self) -> Scratch:
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        if self._directory is not None:
+        self._has_left = True
+        if self._directory is not None and not self._awaited:
             self._directory.__exit__()
             self._directory = None
 
@@ -60,7 +63,10 @@ class Scratch:
         self.complete(container_id, ifname, data)
 
     def begin(self, container_id: str, ifname: str, data: bytes) -> None:
-        """Write our file of an attachment; makes the directory (0700) if need be. `complete` must follow."""
+        """Write our file of an attachment; makes the directory (0700) if need be. `complete` must follow.
+
+        That may be when the context is left: by then the path may lead elsewhere, with the runtime gone.
+        """
         if not self._path:
             raise CniError(
                 INVALID_CONFIG, "dataDir is empty, it must be the directory of flannel's scratch files"
@@ -69,18 +75,24 @@ class Scratch:
             self._place(self._open(make=True), f"{container_id}@{ifname}", ifname, data)
         except OSError as exc:
             raise self._refused("write", container_id, exc) from None
+        self._awaited += 1
 
     def complete(self, container_id: str, ifname: str, data: bytes) -> None:
         """Write upstream's file as well, unless the attachment is gone again, or was saved anew."""
+        own = f"{container_id}@{ifname}"
         try:
             directory = self._open()
-            if _read(directory, f"{container_id}@{ifname}") == data:
+            if _read(directory, own) == data:
                 self._place(directory, container_id, ifname, data)
+                if _read(directory, own) is None:  # the cold path has removed both meanwhile
+                    _unlink(directory, container_id)
                 self._sync(directory)
-        except FileNotFoundError:
-            return
         except OSError as exc:
             raise self._refused("write", container_id, exc) from None
+        finally:
+            self._awaited -= 1
+            if self._has_left:
+                self.__exit__()
 
     def load(self, container_id: str, ifname: str) -> bytes | None:
         """The saved bytes of an attachment, None if there are none."""
@@ -91,7 +103,7 @@ class Scratch:
                 return own
             plain = _read(directory, container_id)
             # With files of other interfaces about, the plain file belongs to one of those.
-            return None if plain is None or _siblings(directory.names(), container_id) else plain
+            return None if plain is None or _heirs(directory, container_id) else plain
         except FileNotFoundError:
             return None
         except OSError as exc:
@@ -133,21 +145,27 @@ class Scratch:
 
         The name is empty for a container of which only the plain file exists.
         """
-        found = []
+        found: list[tuple[str, str, bytes]] = []
+        with_ifname: set[str] = set()
         try:
             directory = self._open()
-            names = sorted(name for name in directory.names() if is_name(name.partition("@")[0]))
-            with_ifname = {name.partition("@")[0] for name in names if "@" in name}
-            for name in names:
+            names = [name for name in directory.names() if is_name(name.partition("@")[0])]
+            # Those of interfaces first: a container's plain file is one of them again.
+            for name in sorted(names, key=lambda name: "@" not in name):
                 container_id, _, ifname = name.partition("@")
-                data = _read(directory, name) if ifname or container_id not in with_ifname else None
-                if data is not None:
-                    found.append((container_id, ifname, data))
+                if ifname or container_id not in with_ifname:
+                    try:
+                        data = _read(directory, name)
+                    except IsADirectoryError:  # somebody else's
+                        continue
+                    if data is not None:
+                        found.append((container_id, ifname, data))
+                        with_ifname.add(container_id)
         except FileNotFoundError:
             return []
         except OSError as exc:
             raise self._refused("read", "", exc) from None
-        return found
+        return sorted(found)
 
     def _open(self, make: bool = False) -> Directory:
         if self._directory is None:

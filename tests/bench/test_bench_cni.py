@@ -185,7 +185,7 @@ def test_same_configuration(warm: Rig) -> None:
     """The peer is given what our flannel plugin makes; only the addresses and the folder differ."""
     ours, go = warm.both()
     ours.add(ours.create(1))
-    scratch = warm.node.directory / "cni-flannel" / ours.members[0].netns
+    scratch = warm.node.directory / "cni-flannel" / f"{ours.members[0].netns}@eth0"
     made, given = json.loads(scratch.read_text()), dict(go.plugins.config)
     for config in (made, given):
         config["ipam"] = config["ipam"] | {"ranges": 1, "routes": 1, "dataDir": ""}

@@ -236,6 +236,7 @@ def attached(rig: Rig, family: str) -> Iterator[tuple[Late, Namespace, Document]
     """A second pod of a bridge that is known, whose ADD has answered and no more: host, namespace, result."""
     known: dict[str, KnownBridge] = {}
     pod = rig.node.namespace("second")
+    pod.run("sysctl -qw net.ipv6.conf.lo.disable_ipv6=1")
     stdin = json.dumps(rig.conf(family)).encode()
 
     def call(container: str, netns: Namespace) -> tuple[Late, Document]:
@@ -256,6 +257,15 @@ def attached(rig: Rig, family: str) -> Iterator[tuple[Late, Namespace, Document]
 
 def inside(rig: Rig, step: Callable[[], T]) -> T:
     return firewall_fixtures.Namespace(rig.host.name).call(step)
+
+
+def test_the_settings_of_ipv6_are_there_with_the_answer(
+    rig: Rig, family: str, attached: tuple[Late, Namespace, Document]
+) -> None:
+    _host, pod, _result = attached
+    names = ("eth0/accept_dad", "eth0/ndisc_notify", "eth0/keep_addr_on_down", "lo/disable_ipv6")
+    found = [rig.sysctl(f"ipv6/conf/{name}", pod) for name in names]
+    assert found == (["0", "0", "0", "1"] if family == "v4" else ["0", "1", "1", "0"])
 
 
 def test_a_mac_that_another_plugin_gave_stays(rig: Rig, attached: tuple[Late, Namespace, Document]) -> None:

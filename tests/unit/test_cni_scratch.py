@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from cni.errors import CniError
 from cni.local import LocalHost
 from cni.plugins.scratch import Scratch, reservations
+from flanneld.rootfiles import RootFiles
 
-HOST = LocalHost(print, {})
+HOST, OPENED = LocalHost(print, {}), LocalHost(print, {})
+OPENED.files = RootFiles(os.open("/", os.O_PATH | os.O_DIRECTORY))  # type: ignore[assignment]  # as the daemon's
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -122,6 +124,30 @@ def test_somebodys_directory_inherits_nothing(tmp_path: Path) -> None:
     scratch.save("c1", "eth0", b"1")
     scratch.remove("c1", "eth0")
     assert [one.name for one in tmp_path.iterdir()] == ["c1@net1"]
+
+
+def test_directories_of_somebody_else_are_passed_over(tmp_path: Path) -> None:
+    """As where dataDir is /var/lib/cni."""
+    for name in ("networks", "c1@net1"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "c1").write_bytes(b"upstream")
+    scratch = Scratch(HOST, str(tmp_path))
+    assert scratch.load("c1", "eth0") == b"upstream"
+    scratch.save("c2", "eth0", b"2")
+    assert scratch.saved() == [("c1", "", b"upstream"), ("c2", "eth0", b"2")]
+
+
+def test_upstreams_file_is_written_where_ours_was(tmp_path: Path) -> None:
+    """The path leads elsewhere by then."""
+    with Scratch(OPENED, str(tmp_path / "data")) as scratch:
+        scratch.begin("c1", "eth0", b"1")
+    (tmp_path / "data").rename(tmp_path / "aside")
+    (tmp_path / "data").mkdir()
+    before = len(os.listdir("/proc/self/fd"))
+    scratch.complete("c1", "eth0", b"1")
+    assert files(tmp_path / "aside") == {"c1": b"1", "c1@eth0": b"1"}
+    assert files(tmp_path / "data") == {}
+    assert len(os.listdir("/proc/self/fd")) == before - 1
 
 
 def test_saved_lists_each_attachment_once(tmp_path: Path) -> None:
