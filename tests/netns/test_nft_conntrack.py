@@ -12,6 +12,7 @@ import pytest
 from cni.net import conntrack, nlsocket
 from cni.net.nlsocket import NetlinkSocket
 from cni.spec.address import parse_ip
+from tests.netns.cni_fixtures import wait_for
 from tests.netns.firewall_fixtures import Namespace, namespace
 
 V4, V6 = socket.AF_INET, socket.AF_INET6
@@ -28,14 +29,16 @@ def ns() -> Iterator[Namespace]:
 
 
 def send(ns: Namespace, address: str, port: int, times: int = 1) -> None:
-    """Begin flows of UDP."""
+    """Begin flows of UDP; returns once the kernel has them: under load it receives a moment later."""
 
     def inside() -> None:
         for _ in range(times):
             with socket.socket(V6 if ":" in address else V4, socket.SOCK_DGRAM) as sender:
                 sender.sendto(b"x", (address, port))
 
+    before = len(flows(ns))
     ns.call(inside)
+    wait_for(lambda: len(flows(ns)) >= before + times)
 
 
 def flows(ns: Namespace) -> list[tuple[str, str]]:
