@@ -44,6 +44,12 @@ def send(ns: Namespace, address: str, port: int, times: int = 1, at_least: int =
     wait_for(lambda: len(flows(ns)) >= before + at_least)
 
 
+def add_fd00_9(ns: Namespace) -> None:
+    """The kernel adds the address at once, and receives for it a moment later."""
+    ns.run("ip address add fd00::9/128 dev lo nodad")
+    wait_for(lambda: "local fd00::9" in ns.run("ip -6 route show table local"))
+
+
 def flows(ns: Namespace) -> list[tuple[str, str]]:
     """(protocol, destination) of the flows, by what their first packets held."""
     lines = ns.call(lambda: Path("/proc/thread-self/net/nf_conntrack").read_text()).splitlines()
@@ -82,7 +88,7 @@ def test_flows_to_a_port(ns: Namespace) -> None:
 
 @pytest.mark.parametrize(("family", "kept", "gone"), [(4, "127.0.0.1", "127.0.0.2"), (6, "::1", "fd00::9")])
 def test_flows_to_a_port_of_one_address(ns: Namespace, family: int, kept: str, gone: str) -> None:
-    ns.run("ip address add fd00::9/128 dev lo nodad")
+    add_fd00_9(ns)
     for address in (kept, gone):
         send(ns, address, 5000)
     assert delete(ns, family, 5000, gone) == 1
@@ -125,7 +131,7 @@ def test_the_port_is_that_before_translation(ns: Namespace) -> None:
 
 @pytest.mark.parametrize(("family", "one", "other"), [(4, "127.0.0.1", "127.0.0.2"), (6, "::1", "fd00::9")])
 def test_flows_to_several_ports(ns: Namespace, family: int, one: str, other: str) -> None:
-    ns.run("ip address add fd00::9/128 dev lo nodad")
+    add_fd00_9(ns)
     for port in (5000, 5001, 5002):
         for address in (one, other):
             send(ns, address, port)
