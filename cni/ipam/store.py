@@ -132,8 +132,6 @@ class Holdings:
     def addresses(self, owner: bytes) -> list[Address]:
         """The addresses of an owner, those of very old files with the bare container ID among them."""
         names = self.names(owner) + self.names(bare_owner(owner))
-        if not names:
-            return []
         return [one for one in (_address(name) for name in sorted(names)) if one is not None]
 
     def reservations(self) -> list[tuple[str, bytes]]:

@@ -278,11 +278,9 @@ class HostLocal:
             self._look_back(config.place, held)
             try:
                 for index, one in enumerate(config.sets):
-                    wish = None
-                    if wishes:
-                        wish = next((address for address in wishes if address in one), None)
-                        if wish is not None:
-                            wishes.remove(wish)
+                    wish = next((address for address in wishes if address in one), None)
+                    if wish is not None:
+                        wishes.remove(wish)
                     made.append(self._take(config.place, held, index, one, wish, owner))
                     used = one.used(held.holdings.taken[one.family])
                     self._tell(config.place.network, index, one, used)

@@ -60,8 +60,7 @@ def carry_out(route: NetlinkSocket, steps: list[Message], texts: list[str]) -> N
     """Send all steps at once; `texts` say what each of them would fail to do."""
     if steps:
         for answer, text in zip(route.transact(steps), texts, strict=True):
-            if answer.errno:
-                expect(answer, text)
+            expect(answer, text)
 
 
 def try_write(setting: Sysctl, value: str) -> None:

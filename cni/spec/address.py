@@ -8,6 +8,13 @@ Decision: plain integers instead of `ipaddress`, whose import costs the CNI plug
 
 from __future__ import annotations
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import TypeVar
+
+    K = TypeVar("K")
+    V = TypeVar("V")
+
 _DIGITS = frozenset("0123456789")
 _HEX_DIGITS = frozenset("0123456789abcdefABCDEF")
 _MAPPED = 0xFFFF << 32  # ::ffff:0:0/96, RFC 4291 section 2.5.5.2
@@ -47,15 +54,18 @@ class Cidr:
         return hash((self.family, self.value, self.prefix))
 
 
+def _kept(known: dict[K, V], key: K, value: V) -> V:
+    """`value`, which is known from now on."""
+    if len(known) >= _MOST_KNOWN:
+        known.clear()
+    known[key] = value
+    return value
+
+
 def parse_cidr(text: str) -> Cidr:
     """Parse `address/prefix`; raises ValueError with Go's words."""
     found = _cidrs.get(text)
-    if found is None:
-        found = _parse_cidr(text)
-        if len(_cidrs) >= _MOST_KNOWN:
-            _cidrs.clear()
-        _cidrs[text] = found
-    return found
+    return _kept(_cidrs, text, _parse_cidr(text)) if found is None else found
 
 
 def _parse_cidr(text: str) -> Cidr:
@@ -74,12 +84,7 @@ def _parse_cidr(text: str) -> Cidr:
 def parse_ip(text: str) -> tuple[int, int]:
     """The address as (family, integer); raises ValueError with Go's words."""
     found = _parsed.get(text)
-    if found is None:
-        found = _parse_ip(text)
-        if len(_parsed) >= _MOST_KNOWN:
-            _parsed.clear()
-        _parsed[text] = found
-    return found
+    return _kept(_parsed, text, _parse_ip(text)) if found is None else found
 
 
 def _parse_ip(text: str) -> tuple[int, int]:
@@ -94,12 +99,7 @@ def _parse_ip(text: str) -> tuple[int, int]:
 def format_ip(family: int, value: int) -> str:
     """The address as Go prints it."""
     found = _formatted.get((family, value))
-    if found is None:
-        found = _format_ip(family, value)
-        if len(_formatted) >= _MOST_KNOWN:
-            _formatted.clear()
-        _formatted[family, value] = found
-    return found
+    return _kept(_formatted, (family, value), _format_ip(family, value)) if found is None else found
 
 
 def _format_ip(family: int, value: int) -> str:
